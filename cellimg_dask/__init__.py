@@ -1,0 +1,48 @@
+"""Run a NumPy function block by block over an image larger than memory, lazily.
+
+>>> import numpy as np
+>>> import cellimg_dask as ci
+>>> image = np.arange(16).reshape(4, 4)
+>>> lazy = ci.map_cells(np.negative, image, cell_shape=2)
+>>> lazy[0, :2]
+array([ 0, -1])
+"""
+
+from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.errors import (
+    BlockError,
+    CellimgError,
+    CycleError,
+    InitError,
+    ReadError,
+    ResultError,
+)
+from cellimg_dask.blocks.functions import BlockCode
+from cellimg_dask.geometry import Cell, CellGrid, Halo, Roi
+from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.image.define import fill_cells, map_cells
+from cellimg_dask.image.input import Input
+from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
+
+__all__ = [
+    "Block",
+    "BlockCode",
+    "BlockError",
+    "CacheStats",
+    "Cell",
+    "CellCache",
+    "CellGrid",
+    "CellImg",
+    "CellimgError",
+    "CycleError",
+    "Halo",
+    "InitError",
+    "Input",
+    "ReadError",
+    "ResultError",
+    "Roi",
+    "fill_cells",
+    "get_cache",
+    "map_cells",
+    "set_cache",
+]

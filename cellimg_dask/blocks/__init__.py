@@ -1,0 +1,1 @@
+"""Floor 1: errors, blocks, block functions, and the plan of a cell. Knows geometry."""

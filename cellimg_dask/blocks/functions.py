@@ -1,0 +1,259 @@
+"""The ways in which a user's function computes a cell, under one protocol."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from types import CodeType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.errors import BlockError, CellimgError, InitError, ResultError
+from cellimg_dask.blocks.plan import CellPlan
+
+__all__ = ["ArrayFunction", "BlockCode", "BlockFunction", "FillFunction", "function_name"]
+
+
+class BlockFunction(Protocol):
+    """Computes a cell from its inputs."""
+
+    name: str
+    """How messages and reprs call the function."""
+    fresh: bool
+    """Whether results are new arrays of the image's dtype that nobody else can hold."""
+
+    def apply(
+        self,
+        plan: CellPlan,
+        inputs: tuple[NDArray[Any], ...],
+        params: Mapping[str, Any],
+        dtype: np.dtype[Any],
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Return the cell's data: its shape, a dtype that fits, perhaps a view.
+
+        A function that writes may use ``out`` (the cell's shape and dtype) and return it.
+
+        Raises
+        ------
+        BlockError
+            If the user's function raises.
+        ResultError
+            If its result has the wrong shape, dtype or kind.
+        """
+        ...
+
+
+def function_name(function: object) -> str:
+    """Return a readable name of a callable."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__qualname__", None) or getattr(function, "__name__", None)
+    return str(name) if name else type(function).__name__
+
+
+def _call(
+    plan: CellPlan,
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run user code; whatever it raises becomes a `BlockError` that names the cell."""
+    try:
+        return function(*args, **kwargs)
+    except CellimgError:
+        # A failure of an image that the function itself reads, or of its init, named already.
+        raise
+    except (Exception, SystemExit) as error:
+        raise BlockError(
+            name, plan.position, plan.roi, f"{type(error).__name__}: {error}"
+        ) from error
+
+
+class ArrayFunction:
+    """A function from arrays to an array; the result is checked and cropped."""
+
+    fresh = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = function_name(function)
+
+    def apply(
+        self,
+        plan: CellPlan,
+        inputs: tuple[NDArray[Any], ...],
+        params: Mapping[str, Any],
+        dtype: np.dtype[Any],
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Call ``function(*inputs, **params)``; see `BlockFunction.apply`."""
+        result = _call(plan, self.name, self.function, inputs, params)
+        if type(result) is not np.ndarray:
+            result = self._as_array(plan, result)
+        if result.dtype != dtype and not np.can_cast(result.dtype, dtype, "safe"):
+            raise ResultError(
+                self.name,
+                plan.position,
+                plan.roi,
+                f"returned dtype {result.dtype}, which {dtype} cannot hold; expected {dtype}: "
+                f"return result.astype({str(dtype)!r}) or give dtype={str(result.dtype)!r}",
+            )
+        shape = result.shape
+        if shape == plan.full_shape:
+            return result if shape == plan.shape else result[plan.crop]
+        if shape == plan.shape:
+            return result
+        with_halo = (
+            f" or, with its halo, {plan.full_shape}" if plan.full_shape != plan.shape else ""
+        )
+        raise ResultError(
+            self.name,
+            plan.position,
+            plan.roi,
+            f"returned shape {shape}, expected {plan.shape}{with_halo} for inputs of shape "
+            f"{', '.join(str(array.shape) for array in inputs) or 'none'}; drop_axis=, new_axis= "
+            f"and shrink= declare a result of another shape",
+        )
+
+    def _as_array(self, plan: CellPlan, result: Any) -> NDArray[Any]:
+        if not hasattr(result, "__array__") or not hasattr(result, "shape"):
+            hint = (
+                "; a function that writes into a block belongs in fill_cells"
+                if result is None
+                else "; return a NumPy array"
+            )
+            raise ResultError(
+                self.name,
+                plan.position,
+                plan.roi,
+                f"returned {type(result).__name__}, expected an array of shape {plan.shape}{hint}",
+            )
+        return np.asarray(result)
+
+
+class FillFunction:
+    """A function of a `Block` that writes into ``block.data`` and returns nothing."""
+
+    fresh = True
+
+    def __init__(self, function: Callable[[Block], None]) -> None:
+        self.function = function
+        self.name = function_name(function)
+
+    def apply(
+        self,
+        plan: CellPlan,
+        inputs: tuple[NDArray[Any], ...],
+        params: Mapping[str, Any],
+        dtype: np.dtype[Any],
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Call ``function(block)``; see `BlockFunction.apply`."""
+        if out is None:
+            out = np.zeros(plan.shape, dtype)
+        else:
+            out[...] = np.zeros((), dtype)
+        result = _call(plan, self.name, self.function, (Block(plan, out, inputs, params),), {})
+        if result is not None:
+            raise ResultError(
+                self.name,
+                plan.position,
+                plan.roi,
+                f"returned {type(result).__name__}, expected None: a fill function writes into "
+                f"block.data; a function that returns an array belongs in map_cells",
+            )
+        return out
+
+
+class BlockCode:
+    """Code that fills a block, as the original's worker code: the name ``block`` is the block.
+
+    Names that the code or ``init`` binds live on from block to block in one namespace for each
+    worker thread (or process); ``init`` runs once in it, before the first block.
+
+    Parameters
+    ----------
+    code : str
+        Statements, for instance ``"block.data[...] = g(block.inputs[0])[block.halo]"``.
+    init : str, optional
+        Statements run once per worker, for instance imports or loading a model.
+
+    Raises
+    ------
+    SyntaxError
+        If either does not compile.
+    InitError
+        On reading, if ``init`` raises; no block of that worker runs, the next one tries again.
+
+    Examples
+    --------
+    >>> double = BlockCode("block.data[...] = factor * block.inputs[0]", init="factor = 2")
+    """
+
+    def __init__(self, code: str, init: str | None = None) -> None:
+        for what, text in (("code", code), ("init", init)):
+            if not isinstance(text, str) and not (what == "init" and text is None):
+                raise TypeError(f"BlockCode {what} must be a string, got {type(text).__name__}")
+        self.code = code
+        """What runs for each block."""
+        self.init = init
+        """What runs once per worker."""
+        self._compiled_init = _compile(init or "", "<BlockCode init>")
+        self._compiled = _compile(code, "<BlockCode>")
+
+    def __call__(self, block: Block) -> None:
+        """Run the code on ``block``."""
+        namespace = self._namespace()
+        namespace["block"] = block
+        try:
+            exec(self._compiled, namespace)
+        finally:
+            namespace.pop("block", None)
+
+    def _namespace(self) -> dict[str, Any]:
+        spaces: dict[tuple[str, str | None], dict[str, Any]] | None
+        spaces = getattr(_worker, "namespaces", None)
+        if spaces is None:
+            spaces = _worker.namespaces = {}
+        namespace = spaces.get((self.code, self.init))
+        if namespace is None:
+            namespace = {"__name__": "__block_code__"}
+            try:
+                exec(self._compiled_init, namespace)
+            except (Exception, SystemExit) as error:
+                raise InitError(
+                    f"init of BlockCode failed with {type(error).__name__}: {error}; "
+                    f"no block ran:\n{self.init}"
+                ) from error
+            spaces[self.code, self.init] = namespace
+        return namespace
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockCode) and (self.code, self.init) == (other.code, other.init)
+
+    def __hash__(self) -> int:
+        return hash((BlockCode, self.code, self.init))
+
+    def __reduce__(self) -> tuple[type[BlockCode], tuple[str, str | None]]:
+        return BlockCode, (self.code, self.init)
+
+    def __repr__(self) -> str:
+        return f"BlockCode({self.code!r}, init={self.init!r})"
+
+    def __dask_tokenize__(self) -> tuple[str, str, str | None]:
+        return "BlockCode", self.code, self.init
+
+
+# Each thread has its own; equal code shares one namespace there, also after unpickling.
+_worker = threading.local()
+
+
+@functools.lru_cache(maxsize=256)
+def _compile(text: str, filename: str) -> CodeType:
+    return compile(text, filename, "exec")

@@ -1,0 +1,27 @@
+"""Floor 0: boxes, halos, grids and borders. Knows NumPy only."""
+
+from cellimg_dask.geometry.border import BOUNDARIES, AxisWindow, axis_window, check_boundary
+from cellimg_dask.geometry.grid import Cell, CellGrid, CellRange
+from cellimg_dask.geometry.halo import Halo, HaloLike
+from cellimg_dask.geometry.integers import as_int, as_ints
+from cellimg_dask.geometry.roi import Roi, parse_index
+from cellimg_dask.geometry.tiles import IrregularGrid, TileGrid, tiles
+
+__all__ = [
+    "BOUNDARIES",
+    "AxisWindow",
+    "Cell",
+    "CellGrid",
+    "CellRange",
+    "Halo",
+    "HaloLike",
+    "IrregularGrid",
+    "Roi",
+    "TileGrid",
+    "as_int",
+    "as_ints",
+    "axis_window",
+    "check_boundary",
+    "parse_index",
+    "tiles",
+]

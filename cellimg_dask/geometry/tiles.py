@@ -1,0 +1,111 @@
+"""Cutting a box into its parts in the cells of a grid; arithmetic, never a scan."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, product
+from math import prod
+from typing import Protocol
+
+from cellimg_dask.geometry.grid import CellGrid
+
+__all__ = ["IrregularGrid", "TileGrid", "tiles"]
+
+
+class TileGrid(Protocol):
+    """A grid that can say which of its cells meet an interval of an axis."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Image shape in voxels."""
+        ...
+
+    @property
+    def grid_shape(self) -> tuple[int, ...]:
+        """Number of cells along each axis."""
+        ...
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """What one step along each axis adds to the flat index."""
+        ...
+
+    def axis_cells(self, axis: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
+        """Return (position, start, stop) of the cells that meet ``low .. high``."""
+        ...
+
+
+class IrregularGrid:
+    """A grid whose cells differ in size along an axis, as dask's chunks may.
+
+    Parameters
+    ----------
+    chunks : sequence of sequences of int
+        Sizes along each axis.
+    """
+
+    def __init__(self, chunks: Sequence[Sequence[int]]) -> None:
+        self.chunks = tuple(tuple(int(size) for size in sizes) for sizes in chunks)
+        self._bounds = [[0, *accumulate(sizes)] for sizes in self.chunks]
+        self.shape = tuple(bounds[-1] for bounds in self._bounds)
+        self.grid_shape = tuple(len(sizes) for sizes in self.chunks)
+        self.strides = tuple(
+            prod(self.grid_shape[axis + 1 :]) for axis in range(len(self.grid_shape))
+        )
+
+    def axis_cells(self, axis: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
+        """Return (position, start, stop) of the cells that meet ``low .. high``."""
+        bounds = self._bounds[axis]
+        position = bisect_right(bounds, low) - 1
+        while low < high and bounds[position] < high:
+            yield position, bounds[position], bounds[position + 1]
+            position += 1
+
+    def position(self, index: int) -> tuple[int, ...]:
+        """Return the position of a flat index."""
+        position = []
+        for stride in self.strides:
+            step, index = divmod(index, stride)
+            position.append(step)
+        return tuple(position)
+
+    def slices(self, position: Sequence[int]) -> tuple[slice, ...]:
+        """Return the box of the cell at ``position``."""
+        return tuple(
+            slice(bounds[p], bounds[p + 1])
+            for bounds, p in zip(self._bounds, position, strict=True)
+        )
+
+
+def tiles(
+    grid: TileGrid | CellGrid, low: Sequence[int], high: Sequence[int]
+) -> tuple[int, Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]]:
+    """Cut the box ``low .. high``, which lies in the image, into its parts in the cells.
+
+    Returns
+    -------
+    count : int
+        Number of parts.
+    parts : iterator of (index, within_cell, within_box)
+        Flat index of the cell, and the part's slices in the cell's array and in the box's.
+    """
+    offsets: list[list[int]] = []
+    sources: list[list[slice]] = []
+    targets: list[list[slice]] = []
+    for axis, (start, stop) in enumerate(zip(low, high, strict=True)):
+        stride = grid.strides[axis]
+        offset, source, target = [], [], []
+        for position, first, last in grid.axis_cells(axis, start, stop):
+            a, b = max(start, first), min(stop, last)
+            offset.append(position * stride)
+            source.append(slice(a - first, b - first))
+            target.append(slice(a - start, b - start))
+        offsets.append(offset)
+        sources.append(source)
+        targets.append(target)
+    count = prod(map(len, offsets))
+    parts = zip(
+        map(sum, product(*offsets)), product(*sources), product(*targets), strict=True
+    )
+    return count, parts

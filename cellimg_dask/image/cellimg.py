@@ -1,0 +1,277 @@
+"""The lazy image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+from numpy.typing import DTypeLike, NDArray
+
+from cellimg_dask.geometry import CellGrid, Roi, parse_index
+from cellimg_dask.image.describe import as_html, as_text
+from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.state.cache import CacheStats
+
+if TYPE_CHECKING:
+    import dask.array
+
+__all__ = ["CellImg"]
+
+
+class CellImg(NDArrayOperatorsMixin):
+    """A lazy image: cells are computed when they are read, once, and kept in a cache.
+
+    Made by `map_cells` and `fill_cells`. Reading (``image[...]``, ``numpy.asarray(image)``)
+    computes on a few threads and gives NumPy arrays. NumPy functions and arithmetic on the image
+    stay lazy and give dask arrays; the image is itself a dask collection.
+
+    Notes
+    -----
+    Thread-safe, as far as the block function is.
+    """
+
+    def __init__(self, loader: CellLoader) -> None:
+        self.loader = loader
+        """The path from a cell to its data."""
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def grid(self) -> CellGrid:
+        """Grid of cells."""
+        return self.loader.grid
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extent along each axis, in voxels."""
+        return self.loader.grid.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Data type, in native byte order."""
+        return self.loader.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of voxels."""
+        return Roi.of_shape(self.shape).size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the whole image would take."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def cell_shape(self) -> tuple[int, ...]:
+        """Nominal shape of a cell."""
+        return self.grid.cell_shape
+
+    @property
+    def chunks(self) -> tuple[tuple[int, ...], ...]:
+        """Cell sizes along each axis, as dask writes chunks."""
+        return self.grid.chunks
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of an image without axes")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return as_text(self.loader)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.loader)
+
+    # ------------------------------------------------------------------ reading
+
+    def __getitem__(self, key: Any) -> Any:
+        """Compute and return a region as a new NumPy array.
+
+        ``key`` is a `Roi`, or integers, slices of step 1 and an ellipsis as in NumPy. Bounds
+        outside the image are an `IndexError`.
+        """
+        roi, dropped = parse_index(key, self.shape)
+        out = np.empty(roi.shape, self.dtype)
+        self.loader.read(roi, out)
+        if not dropped:
+            return out
+        return out[tuple(0 if axis in dropped else slice(None) for axis in range(self.ndim))]
+
+    def read_into(self, out: NDArray[Any], roi: Any = ...) -> NDArray[Any]:
+        """Compute a region into an existing array and return that array.
+
+        Parameters
+        ----------
+        out : ndarray
+            Writable, of the region's shape and of a dtype that holds the image's.
+        roi : Roi or index expression, optional
+            The region; default: the whole image.
+
+        Raises
+        ------
+        ValueError
+            If ``out`` does not fit.
+        """
+        box, _ = parse_index(roi, self.shape)
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+        if out.shape != box.shape:
+            raise ValueError(f"out has shape {out.shape}, expected {box.shape}")
+        if not out.flags.writeable:
+            raise ValueError("out is read-only; give a writable array")
+        if not np.can_cast(self.dtype, out.dtype, "safe"):
+            raise ValueError(f"out has dtype {out.dtype}, which cannot hold {self.dtype}")
+        if out.dtype == self.dtype and out.dtype.isnative:
+            self.loader.read(box, out)
+        else:
+            out[...] = self[box]
+        return out
+
+    def __array__(
+        self, dtype: DTypeLike | None = None, copy: bool | None = None
+    ) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError(
+                "a lazy image has no memory to share: np.asarray computes it; copy=False cannot"
+            )
+        data = np.empty(self.shape, self.dtype)
+        self.loader.read(Roi.of_shape(self.shape), data)
+        return data if dtype is None else data.astype(dtype, copy=False)
+
+    def load(self, index: SupportsIndex | Sequence[SupportsIndex]) -> NDArray[Any]:
+        """Return a whole cell, read-only and without a copy, computing it if need be.
+
+        Parameters
+        ----------
+        index : int or ints
+            Flat index or position in the grid.
+        """
+        return self.loader.load(self._cell_index(index))
+
+    def peek(self, index: SupportsIndex | Sequence[SupportsIndex]) -> NDArray[Any] | None:
+        """Return a cell, read-only, if it is in memory, else None; computes nothing."""
+        return self.loader.shelf.peek(self._cell_index(index))
+
+    def prefetch(self, roi: Any = ...) -> Future[None]:
+        """Begin to compute a region into the cache, in the background.
+
+        Returns
+        -------
+        concurrent.futures.Future
+            Done when the cells are there; its result is None or the error of a cell.
+        """
+        box, _ = parse_index(roi, self.shape)
+        return self.loader.crew().spawn(lambda: self.loader.prefetch(box))
+
+    def invalidate(self, roi: Any = ...) -> None:
+        """Forget a region because its input changed; images made from this one follow.
+
+        Safe at any time, also while cells are being computed: a computation that began before
+        is never kept. Default: the whole image.
+        """
+        box, _ = parse_index(roi, self.shape)
+        self.loader.invalidate(box)
+
+    def stats(self) -> CacheStats:
+        """Return this image's counters: hits, misses, joins, loads, …"""
+        return self.loader.shelf.stats()
+
+    def _cell_index(self, index: SupportsIndex | Sequence[SupportsIndex]) -> int:
+        if type(index) is int and 0 <= index < self.loader.grid.num_cells:
+            return index
+        return self.loader.grid.cell(index).index
+
+    # ------------------------------------------------------------------ dask
+
+    def to_dask(self) -> dask.array.Array:
+        """Return the image as a dask array, one chunk and one task per cell.
+
+        Building it costs the same for any number of cells and calls nothing of the user's.
+        """
+        from cellimg_dask.image.dask_graph import to_dask
+
+        return to_dask(self.loader)
+
+    to_dask_array = to_dask  # The name that dask.array.asarray looks for.
+
+    def compute(self, **kwargs: Any) -> NDArray[Any]:
+        """Compute the whole image with a dask scheduler; see `dask.compute`."""
+        return self.to_dask().compute(**kwargs)
+
+    def persist(self, **kwargs: Any) -> dask.array.Array:
+        """Compute all cells and keep them in dask's memory; see `dask.persist`."""
+        return self.to_dask().persist(**kwargs)
+
+    def visualize(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw the task graph; see `dask.visualize`."""
+        return self.to_dask().visualize(*args, **kwargs)
+
+    @property
+    def dask(self) -> Any:
+        """The task graph."""
+        return self.to_dask().dask
+
+    def __dask_graph__(self) -> Any:
+        return self.to_dask().__dask_graph__()
+
+    def __dask_keys__(self) -> Any:
+        return self.to_dask().__dask_keys__()
+
+    def __dask_layers__(self) -> Any:
+        return self.to_dask().__dask_layers__()
+
+    def __dask_tokenize__(self) -> Any:
+        from cellimg_dask.image.dask_graph import dask_name
+
+        return dask_name(self.loader)
+
+    def __dask_postcompute__(self) -> Any:
+        return self.to_dask().__dask_postcompute__()
+
+    def __dask_postpersist__(self) -> Any:
+        return self.to_dask().__dask_postpersist__()
+
+    @staticmethod
+    def __dask_optimize__(graph: Any, keys: Any, **kwargs: Any) -> Any:
+        from dask.array import Array
+
+        return Array.__dask_optimize__(graph, keys, **kwargs)
+
+    @staticmethod
+    def __dask_scheduler__(graph: Any, keys: Any, **kwargs: Any) -> Any:
+        from dask.threaded import get
+
+        return get(graph, keys, **kwargs)
+
+    # ------------------------------------------------------------------ NumPy
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        lazy = [_lazy(value) for value in inputs]
+        return getattr(ufunc, method)(*lazy, **{k: _lazy(v) for k, v in kwargs.items()})
+
+    def __array_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return func(*_lazy(args), **_lazy(kwargs))
+
+    def __reduce__(self) -> tuple[type[CellImg], tuple[CellLoader]]:
+        return CellImg, (self.loader,)
+
+
+def _lazy(value: Any) -> Any:
+    """Return ``value`` with every lazy image in it as a dask array."""
+    if isinstance(value, CellImg):
+        return value.to_dask()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_lazy(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _lazy(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,425 @@
+"""Defining lazy images: what the user says becomes a loader."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.functions import (
+    ArrayFunction,
+    BlockCode,
+    BlockFunction,
+    FillFunction,
+    function_name,
+)
+from cellimg_dask.blocks.plan import AxisLink, InputPlan, Planner
+from cellimg_dask.geometry import CellGrid, Halo, HaloLike, as_int, as_ints, check_boundary
+from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.image.input import Input, as_input, follow
+from cellimg_dask.loading.loader import CellLoader, ImageReader
+from cellimg_dask.loading.readers import Reader, make_reader
+from cellimg_dask.state.cache import CellCache, get_cache
+
+__all__ = ["fill_cells", "map_cells"]
+
+_DEFAULT_VOXELS_LOG2 = 20
+
+
+def map_cells(
+    f: Callable[..., Any],
+    *inputs: Any,
+    halo: HaloLike = 0,
+    boundary: str = "none",
+    fill_value: Any = 0,
+    dtype: DTypeLike | None = None,
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
+    params: Mapping[str, Any] | None = None,
+    drop_axis: SupportsIndex | Iterable[SupportsIndex] = (),
+    new_axis: Mapping[int, int] | None = None,
+    shrink: SupportsIndex | Iterable[SupportsIndex] = 1,
+    cache: CellCache | None | str = "shared",
+) -> CellImg:
+    """Return the lazy image ``f(*inputs)``, computed cell by cell.
+
+    For each cell ``f`` is called as ``f(*arrays, **params)`` with one read-only array per input,
+    halo included. It returns an array of the same size, from which the halo is cropped, or just
+    the cell. Nothing is called before data are asked for.
+
+    Parameters
+    ----------
+    f : callable
+        From arrays to an array; called from several threads at once.
+    *inputs : array-like or Input
+        NumPy, memory-mapped, zarr, h5py, tensorstore or dask arrays, lazy images, anything with
+        ``shape``, ``dtype`` and ``__getitem__``. Shapes are equal or broadcast as in NumPy;
+        `Input` gives an input its own halo, boundary or mapping.
+    halo : int, per-axis ints, or per-axis (before, after) pairs
+        Extra voxels that a block reads, in axes of the inputs; any width. Where ``shrink`` is
+        above 1 it is rounded up to a multiple, so that blocks stay in phase.
+    boundary : {"none", "constant", "reflect", "symmetric", "edge", "wrap"}
+        What lies beyond the image. ``"none"`` clips the halo there, so a local function with
+        its own border handling gives the whole-image result; the others mean what
+        `numpy.pad` means.
+    fill_value : scalar
+        For ``boundary="constant"``.
+    dtype : dtype, optional
+        Of the result; results are cast to it only where that is safe. It may be left out for a
+        ufunc, or a function whose return annotation names it.
+    cell_shape : int or ints, optional
+        Cell shape in voxels of the result. Default: the chunks of the first input that has any
+        (cells for a lazy image), else about a million voxels.
+    params : mapping, optional
+        Keyword arguments for ``f``.
+    drop_axis : int or ints
+        Axes of the inputs that the result lacks; every cell reads their whole extent.
+    new_axis : mapping of int to int, optional
+        Axes that the result has in addition: position in the result -> size. Cells span them.
+    shrink : int or per-axis ints
+        Factor by which ``f`` makes each axis of its input smaller: an axis of ``n`` voxels
+        becomes ``ceil(n / factor)``.
+    cache : "shared", CellCache or None
+        Where cells are kept; None keeps nothing.
+
+    Returns
+    -------
+    CellImg
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong; the message gives value, axis, what is allowed, and a way out.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> image = np.arange(20).reshape(4, 5)
+    >>> doubled = map_cells(lambda a: 2 * a, image, dtype=image.dtype, cell_shape=2)
+    >>> doubled[1:3, 2]
+    array([14, 24])
+    """
+    if isinstance(f, BlockCode):
+        raise TypeError("BlockCode writes into a block: use fill_cells(code, grid, *inputs, …)")
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    if not inputs:
+        raise TypeError("map_cells needs at least one input; fill_cells makes images from none")
+    items = [as_input(value) for value in inputs]
+    plain = [item for item in items if item.index_map is None]
+    if not plain:
+        raise ValueError(
+            "map_cells takes its shape from the inputs that have no index_map, and every input "
+            "has one; use fill_cells with a grid"
+        )
+    try:
+        whole = np.broadcast_shapes(*(item.shape for item in plain))
+    except ValueError:
+        raise ValueError(
+            f"inputs of shapes {', '.join(str(item.shape) for item in plain)} do not fit "
+            f"together as NumPy broadcasts; if one relates to the image in another way say how: "
+            f"Input(array, index_map=lambda roi: …)"
+        ) from None
+
+    dropped = _axes(drop_axis, len(whole), "drop_axis")
+    factors = as_ints(shrink, "shrink", ndim=len(whole), minimum=1)
+    for axis in dropped:
+        if factors[axis] != 1:
+            raise ValueError(f"shrink[{axis}] = {factors[axis]} on axis {axis}, which is dropped")
+    kept = [axis for axis in range(len(whole)) if axis not in dropped]
+    added = _new_axes(new_axis, len(kept))
+    rest = iter(kept)
+    from_axis = [
+        None if axis in added else next(rest) for axis in range(len(kept) + len(added))
+    ]
+    shape = tuple(
+        added[axis] if source is None else -(-whole[source] // factors[source])
+        for axis, source in enumerate(from_axis)
+    )
+    to_axis = {source: axis for axis, source in enumerate(from_axis) if source is not None}
+    links = [AxisLink(to_axis.get(axis), factor) for axis, factor in enumerate(factors)]
+
+    cells = _cell_shape(cell_shape, shape, from_axis, factors, whole, plain)
+    main_halo = Halo.of(halo, len(whole))
+    plans = []
+    for number, item in enumerate(items):
+        if item.index_map is None:
+            plans.append(_plan_linked(item, number, whole, links, main_halo, boundary, fill_value))
+        else:
+            wide: HaloLike = main_halo if len(item.shape) == len(whole) else halo
+            plans.append(item.plan(number, None, wide, boundary, fill_value))
+    return _make(
+        ArrayFunction(f),
+        CellGrid(shape, cells),
+        items,
+        plans,
+        _result_dtype(f, dtype, [_dtype_of(item.array) for item in items]),
+        params,
+        cache,
+    )
+
+
+def fill_cells(
+    f: Callable[[Block], None] | BlockCode,
+    grid: CellGrid,
+    *inputs: Any,
+    dtype: DTypeLike,
+    halo: HaloLike = 0,
+    boundary: str = "none",
+    fill_value: Any = 0,
+    params: Mapping[str, Any] | None = None,
+    cache: CellCache | None | str = "shared",
+) -> CellImg:
+    """Return a lazy image whose cells ``f`` fills: ``f(block)`` writes into ``block.data``.
+
+    Parameters
+    ----------
+    f : callable or BlockCode
+        Given a `Block`: ``data`` to write, ``inputs`` to read, ``index``, ``min``, ``max``
+        (inclusive), ``dim``, ``halo`` (slices that crop), ``roi``, ``read_roi``, ``position``,
+        ``shape``, ``params``. Returns None. Called from several threads at once.
+    grid : CellGrid
+        Shape of the image and of its cells.
+    *inputs : array-like or Input
+        As in `map_cells`; shapes equal the grid's or broadcast to it, else
+        ``Input(array, index_map=…)``.
+    dtype : dtype
+        Of the image.
+    halo, boundary, fill_value, params, cache
+        As in `map_cells`.
+
+    Returns
+    -------
+    CellImg
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong.
+
+    Examples
+    --------
+    >>> def number(block):
+    ...     block.data[...] = block.index
+    >>> fill_cells(number, CellGrid((4,), (2,)), dtype="u1")[:]
+    array([0, 0, 1, 1], dtype=uint8)
+    """
+    if not callable(f):
+        raise TypeError(f"f must be callable or a BlockCode, got {type(f).__name__}")
+    if not isinstance(grid, CellGrid):
+        raise TypeError(f"grid must be a CellGrid, got {type(grid).__name__}")
+    if dtype is None:
+        raise TypeError("fill_cells cannot know the dtype: give dtype=…")
+    items = [as_input(value) for value in inputs]
+    links = [AxisLink(axis) for axis in range(grid.ndim)]
+    main_halo = Halo.of(halo, grid.ndim)
+    plans = []
+    for number, item in enumerate(items):
+        if item.index_map is None:
+            plans.append(
+                _plan_linked(item, number, grid.shape, links, main_halo, boundary, fill_value)
+            )
+        else:
+            wide: HaloLike = main_halo if len(item.shape) == grid.ndim else halo
+            plans.append(item.plan(number, None, wide, boundary, fill_value))
+    return _make(FillFunction(f), grid, items, plans, _checked_dtype(dtype), params, cache)
+
+
+def _plan_linked(
+    item: Input,
+    number: int,
+    whole: tuple[int, ...],
+    links: Sequence[AxisLink],
+    halo: Halo,
+    boundary: str,
+    fill_value: Any,
+) -> InputPlan:
+    """Plan an input whose axes follow the image's."""
+    check_boundary(boundary)
+    shape = item.shape
+    own_links, stretched = follow(shape, whole, links, number)
+    skip = len(whole) - len(shape)
+    inherited = Halo(halo.before[skip:], halo.after[skip:])
+    plan = item.plan(number, own_links, inherited, boundary, fill_value)
+    # Rounded up, so that a block begins where a step of the whole image begins.
+    factors = [link.factor for link in own_links]
+    return replace(
+        plan,
+        halo=Halo(
+            tuple(
+                0 if wide and item.halo is None else -(-width // f) * f
+                for width, f, wide in zip(plan.halo.before, factors, stretched, strict=True)
+            ),
+            tuple(
+                0 if wide and item.halo is None else -(-width // f) * f
+                for width, f, wide in zip(plan.halo.after, factors, stretched, strict=True)
+            ),
+        ),
+    )
+
+
+def _make(
+    function: BlockFunction,
+    grid: CellGrid,
+    items: Sequence[Input],
+    plans: Sequence[InputPlan],
+    dtype: np.dtype[Any],
+    params: Mapping[str, Any] | None,
+    cache: CellCache | None | str,
+) -> CellImg:
+    if params is not None and not isinstance(params, Mapping):
+        raise TypeError(f"params must be a mapping of names, got {type(params).__name__}")
+    for name in params or ():
+        if not isinstance(name, str):
+            raise TypeError(f"params must have strings as names, got {name!r}")
+    if cache is None:
+        keep = CellCache(0)
+    elif isinstance(cache, CellCache):
+        keep = cache
+    elif cache == "shared":
+        keep = get_cache()
+    else:
+        raise TypeError(f'cache must be "shared", a CellCache or None, got {cache!r}')
+    # Decoded chunks need room even where cells are not kept.
+    chunks = get_cache() if cache is None else keep
+    readers: list[Reader] = [
+        ImageReader(item.array.loader)
+        if isinstance(item.array, CellImg)
+        else make_reader(item.array, chunks)
+        for item in items
+    ]
+    return CellImg(
+        CellLoader(function, Planner(grid, plans), readers, dtype, params or {}, keep)
+    )
+
+
+def _axes(value: Any, ndim: int, what: str) -> tuple[int, ...]:
+    """Return axes, negative ones counted from the end, sorted."""
+    numbers = as_ints(value, what, ndim=1) if not isinstance(value, Iterable) else as_ints(
+        value, what
+    )
+    axes = []
+    for axis in numbers:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"{what} {axis}: allowed is {-ndim}..{ndim - 1}")
+        axes.append(axis % ndim)
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"{what} names an axis twice: {numbers}")
+    return tuple(sorted(axes))
+
+
+def _new_axes(value: Mapping[int, int] | None, kept: int) -> dict[int, int]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"new_axis must map the position in the result to the size, for instance {{0: 3}}; "
+            f"got {value!r}"
+        )
+    ndim = kept + len(value)
+    sizes = {}
+    for axis, size in value.items():
+        (place,) = _axes(as_int(axis, "new_axis"), ndim, "new_axis")
+        sizes[place] = as_int(size, f"new_axis[{axis}]", minimum=0)
+    if len(sizes) != len(value):
+        raise ValueError(f"new_axis names an axis twice: {dict(value)}")
+    return sizes
+
+
+def _cell_shape(
+    value: Any,
+    shape: tuple[int, ...],
+    from_axis: Sequence[int | None],
+    factors: tuple[int, ...],
+    whole: tuple[int, ...],
+    plain: Sequence[Input],
+) -> tuple[int, ...]:
+    if value is None:
+        native = next(filter(None, (_native_cells(item, whole) for item in plain)), None)
+        if native is None:
+            edge = max(1, round(2 ** (_DEFAULT_VOXELS_LOG2 / max(len(whole), 1))))
+            native = (edge,) * len(whole)
+        return tuple(
+            max(1, shape[axis]) if source is None else max(1, native[source] // factors[source])
+            for axis, source in enumerate(from_axis)
+        )
+    cells = as_ints(value, "cell_shape", ndim=len(shape), minimum=1)
+    for axis, source in enumerate(from_axis):
+        if source is None and cells[axis] < shape[axis] and isinstance(value, Iterable):
+            raise ValueError(
+                f"cell_shape[{axis}] = {cells[axis]} on the new axis {axis}: a cell spans a new "
+                f"axis, so it must be {shape[axis]}"
+            )
+    return tuple(
+        max(1, shape[axis]) if source is None else size
+        for axis, (source, size) in enumerate(zip(from_axis, cells, strict=True))
+    )
+
+
+def _native_cells(item: Input, whole: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the chunk shape of an input that has the full shape, if it has chunks."""
+    array = item.array
+    if item.shape != whole or 0 in whole:
+        return None
+    if isinstance(array, CellImg):
+        return array.cell_shape
+    chunks = getattr(array, "chunks", None)
+    if chunks is None and hasattr(array, "chunk_layout"):
+        chunks = array.chunk_layout.read_chunk.shape
+    if not isinstance(chunks, (tuple, list)) or len(chunks) != len(whole):
+        return None
+    sizes = [max(c) if isinstance(c, (tuple, list)) else c for c in chunks]
+    if not all(isinstance(c, (int, np.integer)) and c > 0 for c in sizes):
+        return None
+    return tuple(int(c) for c in sizes)
+
+
+def _dtype_of(array: Any) -> np.dtype[Any]:
+    return np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
+
+
+def _checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    result = np.dtype(dtype)
+    if result.hasobject or result.itemsize == 0:
+        raise ValueError(f"dtype {result} cannot be kept in cells; give one of fixed size")
+    return result
+
+
+def _result_dtype(
+    f: Callable[..., Any], dtype: DTypeLike | None, inputs: Sequence[np.dtype[Any]]
+) -> np.dtype[Any]:
+    """Return the result's dtype without calling anything of the user's."""
+    if dtype is not None:
+        return _checked_dtype(dtype)
+    if isinstance(f, np.ufunc) and f.nout == 1 and f.nin == len(inputs):
+        return _checked_dtype(f.resolve_dtypes((*inputs, None))[-1])
+    annotated = _annotated_dtype(f)
+    if annotated is not None:
+        return _checked_dtype(annotated)
+    given = ", ".join(map(str, inputs))
+    raise TypeError(
+        f"the dtype that {function_name(f)} returns for {given} cannot be known without running "
+        f"it: give dtype=…, for instance dtype={str(inputs[0])!r}"
+    )
+
+
+def _annotated_dtype(f: Callable[..., Any]) -> np.dtype[Any] | None:
+    """Return the dtype in a return annotation such as ``NDArray[np.float32]``, if there is one."""
+    try:
+        result = typing.get_type_hints(f).get("return")
+    except (NameError, TypeError, AttributeError):
+        return None
+    for argument in typing.get_args(result):
+        scalar = typing.get_args(argument)
+        if typing.get_origin(argument) is np.dtype and scalar and isinstance(scalar[0], type):
+            try:
+                found = np.dtype(scalar[0])
+            except TypeError:
+                return None
+            # An abstract type such as np.floating names no dtype of its own.
+            return found if found.type is scalar[0] else None
+    return None

@@ -1,0 +1,345 @@
+"""The one path from a cell to its data.
+
+Everything that needs a cell goes through `CellLoader`: direct reading, the dask array, later
+batch runs and the server. Plan, read the inputs, call, check, publish.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellimg_dask.blocks.errors import CellimgError, CycleError, ReadError
+from cellimg_dask.blocks.functions import BlockFunction
+from cellimg_dask.blocks.plan import CellPlan, Planner
+from cellimg_dask.geometry import CellGrid, Roi, tiles
+from cellimg_dask.loading.crew import Crew, get_crew
+from cellimg_dask.loading.readers import (
+    AbsentReader,
+    ChunkedReader,
+    Reader,
+    TiledReader,
+    native,
+    read_windows,
+)
+from cellimg_dask.state.cache import CellCache, Shelf
+from cellimg_dask.state.dirty import (
+    CellProduct,
+    CellTest,
+    Region,
+    affected_cells,
+    cells_meeting,
+    merge_regions,
+    region_of,
+    touched_region,
+)
+from cellimg_dask.state.flights import CircularWait, Flight, inside
+
+__all__ = ["CellLoader", "ImageReader"]
+
+# Up to so many cells, a read first collects what is cached under one lock.
+_GATHER_AT_ONCE = 4096
+
+
+class CellLoader:
+    """Computes and keeps the cells of one image.
+
+    Parameters
+    ----------
+    function : BlockFunction
+        Computes a cell.
+    planner : Planner
+        Says what to read for a cell.
+    readers : sequence of Reader
+        One per input of the planner.
+    dtype : dtype
+        Of the result, in native byte order.
+    params : mapping
+        Keyword parameters for the function.
+    cache : CellCache
+        Keeps the cells.
+    make_crew : callable, optional
+        Gives the threads that read regions; default: those of the process.
+
+    Notes
+    -----
+    Thread-safe, as far as the block function is.
+    """
+
+    def __init__(
+        self,
+        function: BlockFunction,
+        planner: Planner,
+        readers: Sequence[Reader],
+        dtype: np.dtype[Any],
+        params: Mapping[str, Any],
+        cache: CellCache,
+        make_crew: Callable[[], Crew] = get_crew,
+    ) -> None:
+        self.function = function
+        self.planner = planner
+        self.readers = tuple(readers)
+        self.dtype = native(dtype)
+        self.params = dict(params)
+        self.shelf: Shelf = cache.shelf(self)
+        self.crew = make_crew
+        self.dependents: weakref.WeakSet[CellLoader] = weakref.WeakSet()
+        """Loaders of the images that read this one."""
+        self.edition = 0
+        """How often the image was invalidated."""
+        self.token: tuple[int, str] | None = None
+        """The edition for which dask's name was made, and that name."""
+        for reader in self.readers:
+            if isinstance(reader, ImageReader):
+                reader.loader.dependents.add(self)
+
+    @property
+    def grid(self) -> CellGrid:
+        """Grid of the image."""
+        return self.planner.grid
+
+    def load(self, index: int, readers: Sequence[Reader] | None = None) -> NDArray[Any]:
+        """Return the whole cell ``index``, read-only; computed at most once while it is held.
+
+        Parameters
+        ----------
+        index : int
+            Flat index of a cell that exists.
+        readers : sequence of Reader, optional
+            Where to read the inputs from if the cell has to be computed; default: its own.
+
+        Raises
+        ------
+        BlockError
+            If the block function raises or its result does not fit.
+        ReadError
+            If an input cannot be read.
+        CycleError
+            If the cell needs itself.
+        """
+        try:
+            if readers is None:
+                return self.shelf.get(index, self.compute_owned)
+            return self.shelf.get(index, lambda wanted: self.compute_owned(wanted, readers))
+        except CircularWait:
+            raise self._cycle(index) from None
+
+    def compute(
+        self, index: int, readers: Sequence[Reader], out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Compute a cell, past the cache.
+
+        Returns
+        -------
+        ndarray
+            ``out`` if given, else an array that may be a view, even of an input, and may have
+            another dtype that the image's can hold.
+        """
+        plan = self.planner.plan(index)
+        inputs = tuple([self._read(plan, number, reader) for number, reader in enumerate(readers)])
+        result = self.function.apply(plan, inputs, self.params, self.dtype, out)
+        if out is not None and result is not out:
+            out[...] = result
+            return out
+        return result
+
+    def read(self, roi: Roi, out: NDArray[Any]) -> None:
+        """Fill ``out`` with the region, which lies in the image.
+
+        A region of more than half the cache's bound goes past the cache: cells that are held
+        are used, others are computed straight into ``out`` and not kept.
+        """
+        count, parts = tiles(self.grid, roi.start, roi.stop)
+        if count <= _GATHER_AT_ONCE:
+            listed = list(parts)
+            held = self.shelf.get_many([index for index, _, _ in listed])
+            missing = []
+            for value, part in zip(held, listed, strict=True):
+                if value is None:
+                    missing.append(part)
+                else:
+                    out[part[2]] = value[part[1]]
+            if not missing:
+                return
+            count, parts = len(missing), iter(missing)
+        keep = 2 * roi.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
+
+        def through_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
+            index, source, target = part
+            out[target] = self.load(index)[source]
+
+        def past_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
+            index, source, target = part
+            self._compute_into(index, source, out[(*target, ...)])
+
+        self.crew().run(parts, through_cache if keep else past_cache, count)
+
+    def prefetch(self, roi: Roi) -> None:
+        """Load the cells of the region, which lies in the image, into the cache."""
+        count, parts = tiles(self.grid, roi.start, roi.stop)
+        self.crew().run((index for index, _, _ in parts), self.load, count)
+
+    def invalidate(self, roi: Roi) -> None:
+        """Forget the cells of the region, and whatever was made from it downstream.
+
+        Safe at any time. Decoded chunks that the cells read are forgotten too. Upstream comes
+        first: a load that begins meanwhile downstream is forgotten again when its turn comes.
+        """
+        region = region_of(roi)
+        cells: CellProduct | CellTest = cells_meeting(self.grid, region)
+        for number, reader in enumerate(self.readers):
+            if isinstance(reader, ChunkedReader):
+                reader.forget(_boxes_read(self.planner, number, cells))
+        self.shelf.invalidate(cells)
+        self.edition += 1
+        changed: dict[CellLoader, list[Region]] = {self: [region]}
+        for loader in self._downstream():
+            changed[loader] = []
+            loader.edition += 1
+            for number, reader in enumerate(loader.readers):
+                if isinstance(reader, ImageReader) and reader.loader in changed:
+                    for part in changed[reader.loader]:
+                        cells = affected_cells(loader.planner, number, part)
+                        loader.shelf.invalidate(cells)
+                        changed[loader].append(touched_region(cells))
+            changed[loader] = merge_regions(changed[loader])
+
+    def _downstream(self) -> list[CellLoader]:
+        """Return the loaders that read from this one, directly or not, in topological order."""
+        order: list[CellLoader] = []
+        seen: set[CellLoader] = {self}
+        # Depth first without recursion: chains may be deeper than Python's stack.
+        stack = [iter(list(self.dependents))]
+        path: list[CellLoader] = [self]
+        while stack:
+            below = next(stack[-1], None)
+            if below is None:
+                stack.pop()
+                order.append(path.pop())
+            elif below not in seen:
+                seen.add(below)
+                path.append(below)
+                stack.append(iter(list(below.dependents)))
+        return order[-2::-1]
+
+    def compute_owned(
+        self, index: int, readers: Sequence[Reader] | None = None
+    ) -> NDArray[Any]:
+        """Compute a cell, past the cache, into an array that nobody else holds."""
+        result = self.compute(index, self.readers if readers is None else readers)
+        if self.function.fresh:
+            return result
+        # A copy: the function may have returned a view of its input, or a buffer that it will
+        # use again.
+        return result.astype(self.dtype, order="C", copy=True)
+
+    def _compute_into(
+        self, index: int, source: tuple[slice, ...], target: NDArray[Any]
+    ) -> None:
+        held = self.shelf.peek(index)
+        if held is not None:
+            target[...] = held[source]
+            return
+        flight = Flight(self.shelf, index)
+        if flight.begun_by_itself():
+            raise self._cycle(index)
+        began = perf_counter()
+        try:
+            with inside(flight):
+                roi = self.grid.roi(self.grid.position(index))
+                if target.shape == roi.shape:
+                    self.compute(index, self.readers, target)
+                else:
+                    target[...] = self.compute(index, self.readers)[source]
+        except Exception:
+            self.shelf.record(0.0, failed=True)
+            raise
+        self.shelf.record(perf_counter() - began)
+
+    def _read(self, plan: CellPlan, number: int, reader: Reader) -> NDArray[Any]:
+        item = self.planner.inputs[number]
+        try:
+            return read_windows(reader, plan.windows[number], item.fill_value)
+        except CellimgError:
+            # A cell of the image upstream failed, and says so itself.
+            raise
+        except Exception as error:
+            raise ReadError(
+                self.function.name,
+                plan.position,
+                plan.roi,
+                f"reading input {number} ({plan.boxes(number)[:1]}) failed: "
+                f"{type(error).__name__}: {error}",
+            ) from error
+
+    def without_readers(self, numbers: Sequence[int]) -> CellLoader:
+        """Return a copy that keeps only the shape of some inputs, to be sent elsewhere."""
+        readers = [
+            AbsentReader(reader.grid, reader.dtype)
+            if number in numbers and isinstance(reader, TiledReader)
+            else reader
+            for number, reader in enumerate(self.readers)
+        ]
+        return CellLoader(
+            self.function, self.planner, readers, self.dtype, self.params, self.shelf.cache
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Cells stay behind; the threads are those of the process that it arrives in.
+        return CellLoader, (
+            self.function,
+            self.planner,
+            self.readers,
+            self.dtype,
+            self.params,
+            self.shelf.cache,
+        )
+
+    def _cycle(self, index: int) -> CycleError:
+        position = self.grid.position(index)
+        return CycleError(
+            self.function.name,
+            position,
+            self.grid.roi(position),
+            "the cell needs itself: the block function, or an input, reads this image or one "
+            "made from it",
+        )
+
+
+def _boxes_read(
+    planner: Planner, number: int, cells: CellProduct | CellTest
+) -> tuple[tuple[int, int], ...] | None:
+    """Return bounds of what cells read of an input, per input axis; None: perhaps everything."""
+    item = planner.inputs[number]
+    if item.links is None or isinstance(cells, CellTest):
+        return None
+    bounds = []
+    for axis, link in enumerate(item.links):
+        if link.axis is None:
+            bounds.append((0, item.shape[axis]))
+            continue
+        spans = [
+            span
+            for position in cells.positions[link.axis]
+            for n, a, window in planner.piece(link.axis, position).windows
+            if (n, a) == (number, axis)
+            for span in window.spans
+        ]
+        bounds.append((min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)))
+    return tuple(bounds)
+
+
+class ImageReader(TiledReader):
+    """Reads another image, cell by cell through its loader."""
+
+    def __init__(self, loader: CellLoader) -> None:
+        self.loader = loader
+        super().__init__(loader.grid, loader.dtype, loader.load)
+
+    def __reduce__(self) -> tuple[type[ImageReader], tuple[CellLoader]]:
+        return ImageReader, (self.loader,)

@@ -1,0 +1,372 @@
+"""Reading a box of an input, whatever kind of array it is.
+
+A reader returns exactly the box it is asked for, as a view wherever that is possible. Chunked
+stores are read chunk by chunk through the cell cache, so that a chunk is decoded once and not
+once for each neighbouring cell.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellimg_dask.blocks.plan import Box
+from cellimg_dask.geometry import AxisWindow, CellGrid, IrregularGrid, TileGrid, tiles
+
+if TYPE_CHECKING:
+    from cellimg_dask.state.cache import CellCache
+
+__all__ = ["AbsentReader", "ChunkedReader", "Reader", "TiledReader", "make_reader", "native", "read_windows"]
+
+
+class Reader(Protocol):
+    """Gives boxes of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Return the box, perhaps as a view that must not be written to."""
+        ...
+
+
+def native(dtype: Any) -> np.dtype[Any]:
+    """Return ``dtype`` in this machine's byte order."""
+    return np.dtype(dtype).newbyteorder("=")
+
+
+def read_windows(
+    reader: Reader, windows: Sequence[AxisWindow], fill_value: Any
+) -> NDArray[Any]:
+    """Read a block with its border: the spans, mirrored or repeated, then the constants.
+
+    Returns
+    -------
+    ndarray
+        Read-only, native byte order; a view of the input where no copy is needed.
+    """
+    box = tuple([window.plain for window in windows])
+    if None not in box:
+        block = reader.read(box)  # type: ignore[arg-type]
+        if not block.dtype.isnative:
+            block = block.astype(native(block.dtype))
+        if block.flags.writeable:
+            # Readers return views of their own, so the flag does not reach the source.
+            block.flags.writeable = False
+        return block
+    joined = IrregularGrid([[b - a for a, b in window.spans] for window in windows])
+    starts = [[a for a, _ in window.spans] for window in windows]
+    if len(joined.grid_shape) == sum(joined.grid_shape):
+        block = reader.read(tuple(slice(*window.spans[0]) for window in windows))
+    else:
+        # A wrapped border: the image's two ends lie side by side.
+        block = np.empty(joined.shape, native(reader.dtype))
+        for position in np.ndindex(*joined.grid_shape):
+            target = joined.slices(position)
+            block[target] = reader.read(
+                tuple(
+                    slice(starts[axis][p], starts[axis][p] + part.stop - part.start)
+                    for axis, (p, part) in enumerate(zip(position, target, strict=True))
+                )
+            )
+    for axis, window in enumerate(windows):
+        if window.take is not None:
+            block = block.take(window.take, axis=axis)
+    if any(window.before or window.after for window in windows):
+        framed = np.full(
+            tuple(window.length for window in windows), fill_value, native(reader.dtype)
+        )
+        framed[
+            tuple(slice(window.before, window.length - window.after) for window in windows)
+        ] = block
+        block = framed
+    if not block.dtype.isnative:
+        block = block.astype(native(block.dtype))
+    block.flags.writeable = False
+    return block
+
+
+class ArrayReader:
+    """Reads memory: NumPy arrays and memory maps, without a copy."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        # Not np.asarray: a memmap's own slicing is many times slower than its buffer's.
+        self.array = array.view(np.ndarray)
+        self.shape = array.shape
+        self.dtype = array.dtype
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Return a view of the box."""
+        return self.array[box] if box else self.array.view()
+
+
+class RegionReader:
+    """Reads anything that takes slices and has no chunks, region by region."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.shape = tuple(int(n) for n in array.shape)
+        self.dtype = np.dtype(array.dtype)
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Return the box as the array gives it."""
+        return _checked(self.array[box], box, self.array).view()
+
+
+class TiledReader:
+    """Reads from tiles that are made one by one: chunks of a store, cells of an image.
+
+    Parameters
+    ----------
+    grid : TileGrid
+        Where the tiles lie.
+    dtype : dtype
+        Of the tiles.
+    tile : callable
+        From the flat index of a tile to its array.
+    """
+
+    def __init__(
+        self, grid: TileGrid | CellGrid, dtype: np.dtype[Any], tile: Callable[[int], NDArray[Any]]
+    ) -> None:
+        self.grid = grid
+        self.shape = grid.shape
+        self.dtype = dtype
+        self.tile = tile
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Return the box: a view where it lies in one tile, else put together."""
+        low = [part.start for part in box]
+        high = [part.stop for part in box]
+        count, parts = tiles(self.grid, low, high)
+        if count == 1:
+            index, source, _ = next(parts)
+            tile = self.tile(index)
+            return tile[source] if source else tile.view()
+        block = np.empty([b - a for a, b in zip(low, high, strict=True)], native(self.dtype))
+        for index, source, target in parts:
+            block[target] = self.tile(index)[source]
+        return block
+
+
+class AbsentReader(TiledReader):
+    """Stands for an input whose tiles are handed over with each call."""
+
+    def __init__(self, grid: TileGrid | CellGrid, dtype: np.dtype[Any]) -> None:
+        super().__init__(grid, dtype, _absent)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AbsentReader, (self.grid, self.dtype)
+
+
+def _absent(index: int) -> NDArray[Any]:
+    raise AssertionError(f"tile {index} was not handed over")
+
+
+class ChunkedReader(TiledReader):
+    """Reads a store through its own chunks, each decoded once and kept in the cell cache."""
+
+    def __init__(
+        self,
+        array: Any,
+        grid: TileGrid | CellGrid,
+        dtype: np.dtype[Any],
+        decode: Callable[[int], NDArray[Any]],
+        cache: CellCache,
+    ) -> None:
+        self.array = array
+        self.shelf = cache.shelf(self)
+        self._decode = decode
+        shelf = self.shelf
+        super().__init__(grid, dtype, lambda index: shelf.get(index, decode))
+
+    def forget(self, bounds: Sequence[tuple[int, int]] | None) -> None:
+        """Decode again what meets the bounds, per axis; None: everything."""
+        if bounds is None:
+            self.shelf.invalidate(None)
+            return
+        low, high = [a for a, _ in bounds], [b for _, b in bounds]
+        _, parts = tiles(self.grid, low, high)
+        self.shelf.invalidate({index for index, _, _ in parts})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make_reader, (self.array, self.shelf.cache)
+
+
+# Images of one store share its reader, and so its decoded chunks. A reader holds its array, so
+# no other array can have that id meanwhile.
+_readers: weakref.WeakValueDictionary[tuple[int, int], ChunkedReader] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def make_reader(array: Any, cache: CellCache) -> Reader:
+    """Return a reader for an array-like; ``cache`` keeps the decoded chunks of stores.
+
+    The same store and cache give the same reader.
+
+    Raises
+    ------
+    TypeError
+        If ``array`` lacks ``shape``, ``dtype`` or ``__getitem__``, or is a masked array.
+    """
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            "an input cannot be a masked array, its mask would be lost; "
+            "give array.filled(value), and the mask as a second input"
+        )
+    if isinstance(array, np.ndarray):
+        return ArrayReader(array)
+    check_array(array)
+    known = _readers.get((id(array), id(cache)))
+    if known is not None:
+        return known
+    reader = _new_reader(array, cache)
+    if isinstance(reader, ChunkedReader):
+        reader.array = array
+        _readers[id(array), id(cache)] = reader
+    return reader
+
+
+def _new_reader(array: Any, cache: CellCache) -> Reader:
+    module = type(array).__module__.partition(".")[0]
+    if module == "tensorstore":
+        return _tensorstore_reader(array, cache)
+    if module == "dask" or hasattr(array, "__dask_graph__"):
+        return _dask_reader(array, cache)
+    chunks = getattr(array, "chunks", None)
+    grid = _chunk_grid(chunks, tuple(int(n) for n in array.shape))
+    if grid is None:
+        return RegionReader(array)
+
+    def decode(index: int) -> NDArray[Any]:
+        box = _tile_box(grid, index)
+        chunk = _checked(array[box], box, array)
+        # These decode into a new array each time; others may give out memory of their own.
+        return chunk if module in ("zarr", "h5py") else chunk.copy()
+
+    return ChunkedReader(array, grid, np.dtype(array.dtype), decode, cache)
+
+
+def check_array(array: Any) -> None:
+    """Refuse what is not an array with a message that says what to do."""
+    missing = [name for name in ("shape", "dtype", "__getitem__") if not hasattr(array, name)]
+    if missing:
+        hint = ""
+        if isinstance(array, str) or hasattr(array, "__fspath__"):
+            hint = "; open the file first, for instance zarr.open_array(path, mode='r')"
+        elif isinstance(array, (list, tuple, int, float)):
+            hint = "; use numpy.asarray"
+        raise TypeError(
+            f"an input must have shape, dtype and __getitem__; {type(array).__name__} "
+            f"has no {' and no '.join(missing)}{hint}"
+        )
+
+
+def _chunk_grid(chunks: Any, shape: tuple[int, ...]) -> CellGrid | IrregularGrid | None:
+    """Return the grid of a store's chunks, or None where it has none that can be used."""
+    if not isinstance(chunks, (tuple, list)) or len(chunks) != len(shape) or 0 in shape:
+        return None
+    if all(isinstance(size, (int, np.integer)) and size > 0 for size in chunks):
+        return CellGrid(shape, tuple(chunks))
+    if all(isinstance(sizes, (tuple, list)) for sizes in chunks):
+        grid = IrregularGrid(chunks)
+        return grid if grid.shape == shape else None
+    return None
+
+
+def _tile_box(grid: CellGrid | IrregularGrid, index: int) -> Box:
+    position = grid.position(index)
+    if isinstance(grid, IrregularGrid):
+        return grid.slices(position)
+    return grid.roi(position).slices
+
+
+def _checked(data: Any, box: Box, array: Any) -> NDArray[Any]:
+    """Return what a store gave for a box as an array of just that shape."""
+    block = np.asarray(data)
+    shape = tuple(part.stop - part.start for part in box)
+    if block.shape != shape:
+        raise ValueError(
+            f"{type(array).__name__} gave shape {block.shape} for a region of shape {shape}: "
+            f"its shape attribute says {tuple(array.shape)}"
+        )
+    return block
+
+
+def _tensorstore_reader(array: Any, cache: CellCache) -> Reader:
+    # A domain may begin anywhere; readers count from 0.
+    array = array[tuple(slice(a, b) for a, b in zip(*_domain(array), strict=True))]
+    array = array.translate_to[(0,) * array.ndim]
+    dtype = np.dtype(array.dtype.numpy_dtype)
+    chunk = array.chunk_layout.read_chunk.shape
+    shape = tuple(int(n) for n in array.shape)
+    grid = None
+    if chunk is not None:
+        grid = _chunk_grid(
+            tuple(int(c) or n for c, n in zip(chunk, shape, strict=True)), shape
+        )
+    if grid is None:
+        return _TensorStoreRegions(array, dtype)
+
+    def decode(index: int) -> NDArray[Any]:
+        box = _tile_box(grid, index)
+        return np.asarray(array[box].read().result())
+
+    return ChunkedReader(array, grid, dtype, decode, cache)
+
+
+class _TensorStoreRegions(RegionReader):
+    def __init__(self, array: Any, dtype: np.dtype[Any]) -> None:
+        self.array = array
+        self.shape = tuple(int(n) for n in array.shape)
+        self.dtype = dtype
+
+    def read(self, box: Box) -> NDArray[Any]:
+        return np.asarray(self.array[box].read().result())
+
+
+def _domain(array: Any) -> tuple[Sequence[int], Sequence[int]]:
+    return array.domain.inclusive_min, array.domain.exclusive_max
+
+
+def _dask_reader(array: Any, cache: CellCache) -> Reader:
+    from dask.local import get_sync
+    from dask.utils import ensure_dict
+
+    if any(size != size for sizes in array.chunks for size in sizes):
+        raise ValueError(
+            "a dask array of unknown chunk sizes cannot be an input; "
+            "call array.compute_chunk_sizes() first"
+        )
+    grid = IrregularGrid(array.chunks)
+    graph: dict[Any, Any] = {}
+
+    def decode(index: int) -> NDArray[Any]:
+        # The graph is written out once, when a chunk is read without a scheduler for the first
+        # time; after that a chunk costs what it depends on.
+        if not graph:
+            from dask._task_spec import convert_legacy_graph
+
+            graph.update(convert_legacy_graph(ensure_dict(array.__dask_graph__())))
+        key = (array.name, *grid.position(index))
+        # A copy: the chunk may be memory of the user's.
+        return np.array(get_sync(_reachable(graph, key), key))
+
+    return ChunkedReader(array, grid, np.dtype(array.dtype), decode, cache)
+
+
+def _reachable(graph: dict[Any, Any], key: Any) -> dict[Any, Any]:
+    """Return the part of a graph that ``key`` depends on."""
+    part: dict[Any, Any] = {}
+    todo = [key]
+    while todo:
+        name = todo.pop()
+        if name not in part:
+            part[name] = task = graph[name]
+            todo.extend(task.dependencies)
+    return part

@@ -1,0 +1,509 @@
+"""The cell cache: once-only loads under one bound in bytes.
+
+A `CellCache` owns the budget; each image (or chunked store) has a `Shelf` in it. Eviction is
+GreedyDual-Size (Cao and Irani, 1997): an entry's priority is ``L + seconds / bytes``, where
+``L`` is the priority of the last entry evicted. What is evicted but still referenced somewhere
+is found again through a weak reference, so nobody ever holds two arrays of one cell.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellimg_dask.blocks.errors import CellError
+from cellimg_dask.geometry import as_int
+from cellimg_dask.state.flights import Flight, inside
+
+__all__ = ["CacheStats", "CellCache", "Shelf", "get_cache", "own", "set_cache"]
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Counters of one image or of a whole cache."""
+
+    hits: int = 0
+    """Cells found in memory."""
+    misses: int = 0
+    """Cells that had to be loaded."""
+    joins: int = 0
+    """Requests that waited for a load that was already running."""
+    loads: int = 0
+    """Loads that succeeded."""
+    load_seconds: float = 0.0
+    """Seconds spent in loads, summed over threads."""
+    evictions: int = 0
+    """Cells dropped for want of room."""
+    bytes: int = 0
+    """Bytes held now."""
+    errors: int = 0
+    """Loads that raised."""
+
+    def __add__(self, other: CacheStats) -> CacheStats:
+        return CacheStats(
+            *(getattr(self, item.name) + getattr(other, item.name) for item in fields(self))
+        )
+
+
+class _Entry:
+    __slots__ = ("index", "nbytes", "priority", "rate", "seconds", "shelf", "value")
+
+    def __init__(self, shelf: Shelf, index: int, value: NDArray[Any], seconds: float) -> None:
+        self.shelf: Shelf | None = shelf  # None once the entry has left the cache
+        self.index = index
+        self.value = value
+        self.nbytes = value.nbytes
+        self.seconds = seconds
+        self.rate = seconds / max(value.nbytes, 1)
+        self.priority = 0.0
+
+
+class _Living(weakref.ref["NDArray[Any]"]):
+    """A weak reference to an evicted array that knows what it cost."""
+
+    __slots__ = ("index", "seconds")
+    index: int
+    seconds: float
+
+
+class CellCache:
+    """A byte budget shared by any number of images.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Bound on the bytes held, at least 0; 0 keeps nothing, loads are still once-only.
+    timer : callable, optional
+        Clock in seconds by which loads are priced.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``max_bytes`` is not an integer of at least 0.
+
+    Notes
+    -----
+    Thread-safe. One lock guards all bookkeeping and is never held while something is loaded.
+    """
+
+    def __init__(self, max_bytes: int, *, timer: Callable[[], float] = time.perf_counter) -> None:
+        self._max_bytes = as_int(max_bytes, "max_bytes", minimum=0)
+        self._timer = timer
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._floor = 0.0
+        self._heap: list[tuple[float, int, _Entry]] = []
+        self._pushes = 0
+        self._shelves: set[Shelf] = set()
+        self._departed: list[Shelf] = []
+        self._past = CacheStats()
+        _caches.add(self)
+
+    @property
+    def max_bytes(self) -> int:
+        """Bound on the bytes held."""
+        return self._max_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held now."""
+        return self._bytes
+
+    def resize(self, max_bytes: int) -> None:
+        """Change the bound; what no longer fits is evicted at once."""
+        bound = as_int(max_bytes, "max_bytes", minimum=0)
+        with self._lock:
+            self._max_bytes = bound
+            self._make_room(0)
+
+    def shelf(self, owner: object) -> Shelf:
+        """Return a new, empty shelf; it leaves the cache when ``owner`` is collected."""
+        shelf = Shelf(self)
+        with self._lock:
+            self._shelves.add(shelf)
+        weakref.finalize(owner, self._depart, shelf).atexit = False
+        return shelf
+
+    def stats(self) -> CacheStats:
+        """Return the sum over all images, also those that are gone."""
+        with self._lock:
+            self._bury()
+            total = sum((shelf._stats for shelf in self._shelves), self._past + CacheStats())
+            total.bytes = self._bytes
+            return total
+
+    def clear(self) -> None:
+        """Forget every cell; loads under way are not published."""
+        with self._lock:
+            shelves = list(self._shelves)
+        for shelf in shelves:
+            shelf.invalidate(None)
+
+    def _depart(self, shelf: Shelf) -> None:
+        # Called by the collector, perhaps inside a section that this very thread has locked:
+        # so it never waits; whoever next needs room finishes the work.
+        self._departed.append(shelf)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._bury()
+            finally:
+                self._lock.release()
+
+    def __reduce__(self) -> tuple[Callable[..., CellCache], tuple[int, ...]]:
+        # The bound travels, the cells do not; what shares a budget here shares one there.
+        if _shared and self is _shared[0]:
+            return get_cache, ()
+        return CellCache, (self._max_bytes,)
+
+    def __repr__(self) -> str:
+        return f"CellCache(max_bytes={self._max_bytes}, bytes={self._bytes})"
+
+    # What follows expects the lock to be held.
+
+    def _admit(self, entry: _Entry) -> None:
+        if entry.nbytes > self._max_bytes:
+            assert entry.shelf is not None
+            entry.shelf._remember(entry)
+            entry.shelf = None
+            return
+        self._make_room(entry.nbytes)
+        self._bytes += entry.nbytes
+        entry.priority = self._floor + entry.rate
+        self._push(entry)
+        assert entry.shelf is not None
+        entry.shelf._entries[entry.index] = entry
+
+    def _push(self, entry: _Entry) -> None:
+        # The number decides among equals (oldest first) before entries would be compared.
+        self._pushes += 1
+        heapq.heappush(self._heap, (entry.priority, self._pushes, entry))
+
+    def _bury(self) -> None:
+        while self._departed:
+            shelf = self._departed.pop()
+            for entry in list(shelf._entries.values()):
+                self._drop(entry)
+            self._shelves.discard(shelf)
+            self._past = self._past + shelf._stats
+            self._compact()
+
+    def _make_room(self, nbytes: int) -> None:
+        if self._departed:
+            self._bury()
+        while self._bytes + nbytes > self._max_bytes:
+            priority, _, entry = heapq.heappop(self._heap)
+            if entry.shelf is None:
+                continue
+            if entry.priority > priority:
+                # Used since it was pushed: hits only note the new priority.
+                self._push(entry)
+                continue
+            self._floor = priority
+            shelf = entry.shelf
+            shelf._stats.evictions += 1
+            shelf._remember(entry)
+            self._drop(entry)
+
+    def _drop(self, entry: _Entry) -> None:
+        assert entry.shelf is not None
+        del entry.shelf._entries[entry.index]
+        entry.shelf = None
+        self._bytes -= entry.nbytes
+
+    def _compact(self) -> None:
+        if len(self._heap) > 64 and len(self._heap) > 2 * sum(
+            len(shelf._entries) for shelf in self._shelves
+        ):
+            self._heap = [item for item in self._heap if item[2].shelf is not None]
+            heapq.heapify(self._heap)
+
+
+class Shelf:
+    """The cells of one image in a cache.
+
+    Notes
+    -----
+    Thread-safe; shares the lock of its cache.
+    """
+
+    def __init__(self, cache: CellCache) -> None:
+        self.cache = cache
+        """The cache that holds the budget."""
+        self._entries: dict[int, _Entry] = {}
+        self._flights: dict[int, Flight] = {}
+        self._living: dict[int, _Living] = {}
+        self._stats = CacheStats()
+
+    def peek(self, index: int) -> NDArray[Any] | None:
+        """Return a cell that is held, else None; nothing is computed, counted or moved."""
+        entry = self._entries.get(index)
+        if entry is not None:
+            return entry.value
+        living = self._living.get(index)
+        return None if living is None else living()
+
+    def get_many(self, indices: Iterable[int]) -> list[NDArray[Any] | None]:
+        """Return the held ones of several cells, None for the others; counts hits only."""
+        cache = self.cache
+        entries = self._entries
+        values: list[NDArray[Any] | None] = []
+        with cache._lock:
+            floor = cache._floor
+            hits = 0
+            for index in indices:
+                entry = entries.get(index)
+                if entry is None:
+                    values.append(None)
+                else:
+                    entry.priority = floor + entry.rate
+                    values.append(entry.value)
+                    hits += 1
+            self._stats.hits += hits
+        return values
+
+    def get(self, index: int, load: Callable[[int], NDArray[Any]]) -> NDArray[Any]:
+        """Return a cell, loading it if need be; concurrent callers share one load.
+
+        Parameters
+        ----------
+        index : int
+            The cell.
+        load : callable
+            Makes the cell's array; the array must be the cache's own from then on.
+
+        Returns
+        -------
+        ndarray
+            Read-only; the same object for everybody as long as anybody holds it.
+
+        Raises
+        ------
+        Exception
+            What ``load`` raised, for everybody who waited; nothing is kept, the next call
+            tries again.
+        CircularWait
+            If the cell needs itself.
+        """
+        cache = self.cache
+        while True:
+            with cache._lock:
+                entry = self._entries.get(index)
+                if entry is not None:
+                    self._stats.hits += 1
+                    entry.priority = cache._floor + entry.rate
+                    return entry.value
+                flight = self._flights.get(index)
+                if flight is None:
+                    found = self._find_living(index)
+                    if found is not None:
+                        self._stats.hits += 1
+                        return found
+                    flight = Flight(self, index)
+                    self._flights[index] = flight
+                    self._stats.misses += 1
+                    done = None
+                else:
+                    done = flight.prepare_join()
+            if done is None:
+                return self._load(flight, load)
+            flight.join(done)
+            if flight.abandoned:
+                continue
+            with cache._lock:
+                self._stats.joins += 1
+            if flight.error is not None:
+                if isinstance(flight.error, CellError):
+                    raise flight.error.again() from flight.error.__cause__
+                raise flight.error
+            assert flight.value is not None
+            return flight.value
+
+    def _load(self, flight: Flight, load: Callable[[int], NDArray[Any]]) -> NDArray[Any]:
+        cache = self.cache
+        began = cache._timer()
+        try:
+            with inside(flight):
+                value = load(flight.index)
+            value = own(value)
+        except BaseException as error:
+            with cache._lock:
+                if isinstance(error, Exception):
+                    flight.error = error
+                    self._stats.errors += 1
+                else:
+                    flight.abandoned = True
+                self._forget_flight(flight)
+            flight.land()
+            raise
+        seconds = cache._timer() - began
+        with cache._lock:
+            flight.value = value
+            self._stats.loads += 1
+            self._stats.load_seconds += seconds
+            self._forget_flight(flight)
+            if not flight.stale:
+                cache._admit(_Entry(self, flight.index, value, seconds))
+        flight.land()
+        return value
+
+    def record(self, seconds: float, *, failed: bool = False) -> None:
+        """Count a load that went past the cache, straight into somebody's array."""
+        with self.cache._lock:
+            if failed:
+                self._stats.errors += 1
+            else:
+                self._stats.misses += 1
+                self._stats.loads += 1
+                self._stats.load_seconds += seconds
+
+    def invalidate(self, indices: Collection[int] | None) -> None:
+        """Forget cells, all of them for None; safe at any time.
+
+        A load of such a cell that is under way still answers those who already wait for it,
+        and is never published. ``indices`` is iterated or asked for membership, whichever is
+        less work.
+        """
+        cache = self.cache
+        with cache._lock:
+            for table in (self._entries, self._flights, self._living):
+                if indices is None:
+                    hit = list(table)
+                elif len(indices) < len(table):
+                    hit = [index for index in indices if index in table]
+                else:
+                    hit = [index for index in list(table) if index in indices]
+                for index in hit:
+                    self._forget(index)
+            cache._compact()
+
+    def held(self) -> list[int]:
+        """Return the cells that are held, in no order."""
+        with self.cache._lock:
+            return list(self._entries)
+
+    def stats(self) -> CacheStats:
+        """Return a copy of the counters."""
+        with self.cache._lock:
+            copy = self._stats + CacheStats()
+            copy.bytes = sum(entry.nbytes for entry in self._entries.values())
+            return copy
+
+    # What follows expects the lock to be held.
+
+    def _forget(self, index: int) -> None:
+        entry = self._entries.get(index)
+        if entry is not None:
+            self.cache._drop(entry)
+        flight = self._flights.pop(index, None)
+        if flight is not None:
+            flight.stale = True
+        self._living.pop(index, None)
+
+    def _forget_flight(self, flight: Flight) -> None:
+        if self._flights.get(flight.index) is flight:
+            del self._flights[flight.index]
+
+    def _remember(self, entry: _Entry) -> None:
+        living = _Living(entry.value, _forgetter(self._living))
+        living.index = entry.index
+        living.seconds = entry.seconds
+        self._living[entry.index] = living
+
+    def _find_living(self, index: int) -> NDArray[Any] | None:
+        living = self._living.get(index)
+        value = None if living is None else living()
+        if living is not None and value is not None:
+            del self._living[index]
+            self.cache._admit(_Entry(self, index, value, living.seconds))
+        return value
+
+
+def own(value: NDArray[Any]) -> NDArray[Any]:
+    """Return ``value`` read-only and owning its memory, so that its bytes are what it costs."""
+    if not value.flags.owndata:
+        value = value.copy()
+    value.flags.writeable = False
+    return value
+
+
+def _forgetter(living: dict[int, _Living]) -> Callable[[weakref.ref[Any]], None]:
+    # Runs whenever an array dies, perhaps in a thread that holds the lock: so it takes none.
+    def forget(dead: weakref.ref[Any]) -> None:
+        assert isinstance(dead, _Living)
+        if living.get(dead.index) is dead:
+            living.pop(dead.index, None)
+
+    return forget
+
+
+def get_cache() -> CellCache:
+    """Return the cache that all images share unless they are given another.
+
+    Its bound is a quarter of this machine's (or container's) memory until `set_cache`.
+    """
+    with _shared_lock:
+        if not _shared:
+            _shared.append(CellCache(_memory_bytes() // 4))
+        return _shared[0]
+
+
+def set_cache(max_bytes: int) -> CellCache:
+    """Set the bound of the shared cache, in bytes; what no longer fits is evicted at once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``max_bytes`` is not an integer of at least 0.
+    """
+    cache = get_cache()
+    cache.resize(max_bytes)
+    return cache
+
+
+_shared: list[CellCache] = []
+_shared_lock = threading.Lock()
+_caches: weakref.WeakSet[CellCache] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Another thread may have held a lock when this process was forked, and its loads will never
+    # land here: start empty.
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    for cache in _caches:
+        cache._lock = threading.Lock()
+        for shelf in cache._shelves:
+            shelf._entries.clear()
+            shelf._flights.clear()
+            shelf._living.clear()
+        cache._heap.clear()
+        cache._bytes = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _memory_bytes() -> int:
+    """Return the memory of this machine or container, or 8 GiB where it cannot be known."""
+    known = [8 << 30]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            known.append(int(text))
+    return min(known)

@@ -1,0 +1,141 @@
+"""Computations under way, who waits for whom, and the detection of cycles.
+
+A flight is begun only by the thread that runs it, so a thread that waits for one waits for
+something that is running, whatever the number of threads. What is left to go wrong is a cell
+that needs itself, directly or through others: `Flight.join` finds that before it would wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from numpy.typing import NDArray
+
+__all__ = ["CircularWait", "Flight", "current_flight", "inside"]
+
+
+class CircularWait(Exception):
+    """Waiting would never end, because the awaited flight waits for this thread."""
+
+
+class _Current(threading.local):
+    flight: Flight | None = None
+
+
+_current = _Current()
+# Guards `Flight._waiting` of all flights; taken only when a thread is about to wait.
+_joins = threading.Lock()
+
+
+class Flight:
+    """One computation of one cell.
+
+    Thread-safety: ``stale`` and the outcome are written under the lock of the cache that owns
+    the flight; ``land`` is called once.
+    """
+
+    __slots__ = (
+        "_done",
+        "_waiting",
+        "abandoned",
+        "error",
+        "index",
+        "owner",
+        "parent",
+        "stale",
+        "value",
+    )
+
+    def __init__(self, owner: object, index: int) -> None:
+        self.owner = owner
+        """What the index belongs to."""
+        self.index = index
+        """The cell."""
+        self.parent = _current.flight
+        """The flight whose computation began this one, if any."""
+        self.stale = False
+        """Whether the cell was invalidated since: the value must not be published."""
+        self.value: NDArray[Any] | None = None
+        self.error: BaseException | None = None
+        self.abandoned = False
+        """Whether the thread was interrupted: who waited has to try again."""
+        # Made by the first thread that waits; most flights are never waited for.
+        self._done: threading.Event | None = None
+        self._waiting: list[Flight] = []
+
+    def begun_by_itself(self) -> bool:
+        """Whether the same cell is being computed further up in this very computation."""
+        above = self.parent
+        while above is not None:
+            if above.index == self.index and above.owner is self.owner:
+                return True
+            above = above.parent
+        return False
+
+    def prepare_join(self) -> threading.Event:
+        """Return the event to wait for; the owner's lock must be held."""
+        if self._done is None:
+            self._done = threading.Event()
+        return self._done
+
+    def join(self, done: threading.Event) -> None:
+        """Wait until the flight has landed; no lock may be held.
+
+        Raises
+        ------
+        CircularWait
+            If the flight, directly or through others, waits for the caller's own flight.
+        """
+        mine = _current.flight
+        if mine is None:
+            done.wait()
+            return
+        with _joins:
+            if self._is_waited_for_by_way_of(mine):
+                raise CircularWait
+            self._waiting.append(mine)
+        try:
+            done.wait()
+        finally:
+            with _joins:
+                self._waiting.remove(mine)
+
+    def land(self) -> None:
+        """Wake whoever waits."""
+        if self._done is not None:
+            self._done.set()
+
+    def _is_waited_for_by_way_of(self, mine: Flight) -> bool:
+        # Walk up from `mine` over everything that cannot end before it has.
+        seen: set[int] = set()
+        open_ends = [mine]
+        while open_ends:
+            flight = open_ends.pop()
+            if flight is self:
+                return True
+            if id(flight) in seen:
+                continue
+            seen.add(id(flight))
+            if flight.parent is not None:
+                open_ends.append(flight.parent)
+            open_ends.extend(flight._waiting)
+        return False
+
+
+def current_flight() -> Flight | None:
+    """Return the innermost flight that this thread computes."""
+    return _current.flight
+
+
+@contextmanager
+def inside(flight: Flight | None) -> Iterator[None]:
+    """Run as a part of ``flight``: flights begun meanwhile have it as their parent."""
+    before = _current.flight
+    _current.flight = flight
+    try:
+        yield
+    finally:
+        _current.flight = before
