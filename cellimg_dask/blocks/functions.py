@@ -104,11 +104,12 @@ class ArrayFunction:
                 f"returned dtype {result.dtype}, which {dtype} cannot hold; expected {dtype}: "
                 f"return result.astype({str(dtype)!r}) or give dtype={str(result.dtype)!r}",
             )
-        shape = result.shape
+        array: NDArray[Any] = result
+        shape = array.shape
         if shape == plan.full_shape:
-            return result if shape == plan.shape else result[plan.crop]
+            return array if shape == plan.shape else array[plan.crop]
         if shape == plan.shape:
-            return result
+            return array
         with_halo = (
             f" or, with its halo, {plan.full_shape}" if plan.full_shape != plan.shape else ""
         )

@@ -88,18 +88,13 @@ class InputPlan:
 class AxisPiece:
     """What a position along one output axis contributes to a plan."""
 
-    start: int
-    """First voxel of the cell."""
-    stop: int
-    """One past the last voxel of the cell."""
+    row: tuple[int, int, int, int, slice]
+    """First voxel, one past the last, extent of the cell, extent of a result that still has the
+    halo, and the slice that cuts such a result down to the cell."""
     read_start: int
     """First voxel with the halo; may lie outside the image."""
     read_stop: int
     """One past the last voxel with the halo; may lie outside the image."""
-    full: int
-    """Extent of a result that still has the halo."""
-    crop: slice
-    """What cuts such a result down to the cell."""
     windows: tuple[tuple[int, int, AxisWindow], ...]
     """(input, input axis, window) of the input axes that follow this output axis."""
 
@@ -177,9 +172,12 @@ class Planner:
                 if link.axis is not None:
                     self._followers[link.axis].append((number, axis))
         self._mapped = [n for n, item in enumerate(self.inputs) if item.index_map is not None]
+        self._axes = list(zip(self.grid.strides, self._pieces, strict=True))
         # One input whose axes follow the output's one by one: windows need no sorting.
-        self._direct = len(self.inputs) == 1 and self.inputs[0].links is not None and all(
-            link.axis == axis for axis, link in enumerate(self.inputs[0].links)
+        self._direct = (
+            len(self.inputs) == 1
+            and self.inputs[0].links is not None
+            and all(link.axis == axis for axis, link in enumerate(self.inputs[0].links))
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,16 +189,20 @@ class Planner:
 
     def plan(self, index: int) -> CellPlan:
         """Return the plan of the cell with flat index ``index``, which must exist."""
-        rest, position, pieces = index, [], []
-        for stride, known in zip(self.grid.strides, self._pieces, strict=True):
+        rest = index
+        position: list[int] = []
+        pieces: list[AxisPiece] = []
+        for stride, known in self._axes:
             step, rest = divmod(rest, stride)
             piece = known.get(step)
             if piece is None:
                 piece = self._make_piece(len(position), step)
             position.append(step)
             pieces.append(piece)
-        start = tuple([piece.start for piece in pieces])
-        stop = tuple([piece.stop for piece in pieces])
+        if pieces:
+            start, stop, shape, full_shape, crop = zip(*[piece.row for piece in pieces])  # noqa: B905
+        else:
+            start = stop = shape = full_shape = crop = ()
         if self._direct:
             windows: tuple[tuple[AxisWindow, ...], ...] = (
                 tuple([piece.windows[0][2] for piece in pieces]),
@@ -208,15 +210,7 @@ class Planner:
         else:
             windows = self._collect(pieces, start, stop)
         return CellPlan(
-            index,
-            tuple(position),
-            start,
-            stop,
-            tuple([piece.stop - piece.start for piece in pieces]),
-            windows,
-            tuple([piece.full for piece in pieces]),
-            tuple([piece.crop for piece in pieces]),
-            pieces,
+            index, tuple(position), start, stop, shape, windows, full_shape, crop, pieces
         )
 
     def piece(self, axis: int, step: int) -> AxisPiece:
@@ -272,13 +266,11 @@ class Planner:
             full = -(-window.length // factor)
             seen_from = max(low, 0) if item.boundary == "none" else low
             skip = (start * factor - seen_from) // factor
+        extent = stop - start
         piece = AxisPiece(
-            start,
-            stop,
+            (start, stop, extent, full, slice(skip, skip + extent)),
             read_start,
             read_stop,
-            full,
-            slice(skip, skip + stop - start),
             windows,
         )
         known = self._pieces[axis]

@@ -1,1 +1,24 @@
-"""The command line."""
+"""The command line: ``cellimg demo`` and ``cellimg info``.
+
+Floor 6: it may use everything. What a command needs is imported when that command runs, so that
+``cellimg --help`` is quick and the packages of the extras stay optional.
+"""
+
+from __future__ import annotations
+
+import click
+
+from cellimg_dask.cli.demo import demo
+from cellimg_dask.cli.info import info
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cellimg-dask", prog_name="cellimg")
+def main() -> None:
+    """Run NumPy functions block by block over images larger than memory, lazily."""
+
+
+main.add_command(demo)
+main.add_command(info)

@@ -48,19 +48,25 @@ def as_ints(
     ValueError
         If there are not ``ndim`` values, or one is below ``minimum``.
     """
-    if isinstance(values, Iterable) and not isinstance(values, (str, bytes)):
-        # A 0-d array says that it is iterable and is not; it is one integer.
-        if getattr(values, "ndim", 1) != 0:
-            numbers = tuple(
-                as_int(value, f"{what}[{axis}]", minimum=minimum)
-                for axis, value in enumerate(values)
+    if type(values) is tuple and (ndim is None or len(values) == ndim):
+        # Mostly they are plain already; this is on the way of every read.
+        for value in values:
+            if type(value) is not int or (minimum is not None and value < minimum):
+                break
+        else:
+            return values
+    # A 0-d array says that it is iterable and is not; it is one integer.
+    several = isinstance(values, Iterable) and getattr(values, "ndim", 1) != 0
+    if several and not isinstance(values, (str, bytes)):
+        numbers = tuple(
+            as_int(value, f"{what}[{axis}]", minimum=minimum)
+            for axis, value in enumerate(values)  # type: ignore[arg-type]
+        )
+        if ndim is not None and len(numbers) != ndim:
+            raise ValueError(
+                f"{what} must have one value for each of {ndim} axes, got {len(numbers)}: {numbers}"
             )
-            if ndim is not None and len(numbers) != ndim:
-                raise ValueError(
-                    f"{what} must have one value for each of {ndim} axes, "
-                    f"got {len(numbers)}: {numbers}"
-                )
-            return numbers
+        return numbers
     if ndim is None:
         raise TypeError(f"{what} must be a sequence of integers, got {values!r}")
     return (as_int(values, what, minimum=minimum),) * ndim  # type: ignore[arg-type]

@@ -177,24 +177,26 @@ def parse_index(key: Any, shape: tuple[int, ...]) -> tuple[Roi, tuple[int, ...]]
                 )
         return key, ()
     items = key if isinstance(key, tuple) else (key,)
-    if sum(item is Ellipsis for item in items) > 1:
+    # By identity: an array in the index would compare element by element.
+    ellipses = [place for place, item in enumerate(items) if item is Ellipsis]
+    if len(ellipses) > 1:
         raise IndexError("an index can hold only one ellipsis ('...')")
-    given = sum(item is not Ellipsis for item in items)
+    given = len(items) - len(ellipses)
     if given > ndim:
         raise IndexError(f"too many indices: the image has {ndim} axes, {given} were given")
-    fill = (slice(None),) * (ndim - given)
-    if Ellipsis in [item for item in items if item is Ellipsis]:
-        at = next(n for n, item in enumerate(items) if item is Ellipsis)
-        items = (*items[:at], *fill, *items[at + 1 :])
-    else:
-        items = (*items, *fill)
+    if given < ndim or ellipses:
+        at = ellipses[0] if ellipses else len(items)
+        items = (*items[:at], *(slice(None),) * (ndim - given), *items[at + 1 :])
 
     start: list[int] = []
     stop: list[int] = []
     dropped: list[int] = []
     for axis, (item, extent) in enumerate(zip(items, shape, strict=True)):
         if isinstance(item, slice):
-            low, high = _slice_bounds(item, axis, extent)
+            if item.start is None and item.stop is None and item.step is None:
+                low, high = 0, extent
+            else:
+                low, high = _slice_bounds(item, axis, extent)
         else:
             low = _position(item, axis, extent)
             high = low + 1

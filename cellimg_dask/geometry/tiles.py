@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, product
 from math import prod
 from typing import Protocol
@@ -97,15 +97,23 @@ def tiles(
         stride = grid.strides[axis]
         offset, source, target = [], [], []
         for position, first, last in grid.axis_cells(axis, start, stop):
-            a, b = max(start, first), min(stop, last)
+            a = start if start > first else first
+            b = stop if stop < last else last
             offset.append(position * stride)
             source.append(slice(a - first, b - first))
             target.append(slice(a - start, b - start))
-        offsets.append(offset)
         sources.append(source)
         targets.append(target)
+        offsets.append(offset)
     count = prod(map(len, offsets))
-    parts = zip(
-        map(sum, product(*offsets)), product(*sources), product(*targets), strict=True
-    )
-    return count, parts
+    return count, zip(_sums(offsets), product(*sources), product(*targets), strict=True)
+
+
+def _sums(offsets: Sequence[Sequence[int]]) -> Iterable[int]:
+    """Return the sum of each combination of one offset per axis, in C order."""
+    # All axes but the last are summed up beforehand; the cells themselves are never listed.
+    heads = [0]
+    for offset in offsets[:-1]:
+        heads = [head + step for head in heads for step in offset]
+    last = offsets[-1] if offsets else [0]
+    return (head + step for head in heads for step in last)

@@ -100,7 +100,7 @@ class CellImg(NDArrayOperatorsMixin):
         """
         roi, dropped = parse_index(key, self.shape)
         out = np.empty(roi.shape, self.dtype)
-        self.loader.read(roi, out)
+        self.loader.read(roi.start, roi.stop, out)
         if not dropped:
             return out
         return out[tuple(0 if axis in dropped else slice(None) for axis in range(self.ndim))]
@@ -130,20 +130,18 @@ class CellImg(NDArrayOperatorsMixin):
         if not np.can_cast(self.dtype, out.dtype, "safe"):
             raise ValueError(f"out has dtype {out.dtype}, which cannot hold {self.dtype}")
         if out.dtype == self.dtype and out.dtype.isnative:
-            self.loader.read(box, out)
+            self.loader.read(box.start, box.stop, out)
         else:
             out[...] = self[box]
         return out
 
-    def __array__(
-        self, dtype: DTypeLike | None = None, copy: bool | None = None
-    ) -> NDArray[Any]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError(
                 "a lazy image has no memory to share: np.asarray computes it; copy=False cannot"
             )
         data = np.empty(self.shape, self.dtype)
-        self.loader.read(Roi.of_shape(self.shape), data)
+        self.loader.read((0,) * self.ndim, self.shape, data)
         return data if dtype is None else data.astype(dtype, copy=False)
 
     def load(self, index: SupportsIndex | Sequence[SupportsIndex]) -> NDArray[Any]:
@@ -181,7 +179,7 @@ class CellImg(NDArrayOperatorsMixin):
         self.loader.invalidate(box)
 
     def stats(self) -> CacheStats:
-        """Return this image's counters: hits, misses, joins, loads, …"""
+        """Return this image's counters: hits, misses, joins, loads and so on."""
         return self.loader.shelf.stats()
 
     def _cell_index(self, index: SupportsIndex | Sequence[SupportsIndex]) -> int:
@@ -204,7 +202,8 @@ class CellImg(NDArrayOperatorsMixin):
 
     def compute(self, **kwargs: Any) -> NDArray[Any]:
         """Compute the whole image with a dask scheduler; see `dask.compute`."""
-        return self.to_dask().compute(**kwargs)
+        result: NDArray[Any] = self.to_dask().compute(**kwargs)
+        return result
 
     def persist(self, **kwargs: Any) -> dask.array.Array:
         """Compute all cells and keep them in dask's memory; see `dask.persist`."""

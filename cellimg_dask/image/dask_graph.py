@@ -45,6 +45,12 @@ def dask_name(loader: CellLoader) -> str:
 
     It changes when the image is invalidated, so that nothing computed before is taken for new.
     """
+    # Upstream first, so that a long chain needs no deep recursion.
+    names = [_own_name(item) for item in loader.ancestry()]
+    return names[-1]
+
+
+def _own_name(loader: CellLoader) -> str:
     known = loader.token
     if known is None or known[0] != loader.edition:
         token = tokenize(
@@ -56,19 +62,28 @@ def dask_name(loader: CellLoader) -> str:
             loader.grid.cell_shape,
             loader.edition,
             [
-                (i.shape, i.halo.before, i.halo.after, i.boundary, i.fill_value, i.index_map)
-                + (tuple((link.axis, link.factor) for link in i.links or ()),)
-                for i in loader.planner.inputs
+                (
+                    item.shape,
+                    item.halo.before,
+                    item.halo.after,
+                    item.boundary,
+                    item.fill_value,
+                    item.index_map,
+                    [(link.axis, link.factor) for link in item.links or ()],
+                )
+                for item in loader.planner.inputs
             ],
             [_reader_token(reader) for reader in loader.readers],
         )
-        known = loader.token = (loader.edition, f"cells-{token}")
+        # As dask does, so that a dashboard shows the function.
+        prefix = loader.function.name.rpartition(".")[2].strip("<>") or "cells"
+        known = loader.token = (loader.edition, f"{prefix}-{token}")
     return known[1]
 
 
 def _reader_token(reader: Reader) -> Any:
     if isinstance(reader, ImageReader):
-        return dask_name(reader.loader)
+        return _own_name(reader.loader)
     array = getattr(reader, "array", reader)
     return array.name if isinstance(array, da.Array) else array
 
@@ -77,41 +92,43 @@ def _is_dask(reader: Reader) -> bool:
     return isinstance(reader, ChunkedReader) and isinstance(reader.array, da.Array)
 
 
-def _rests_on_dask(loader: CellLoader) -> bool:
-    """Whether the image, or one upstream, reads a dask array."""
-    return any(
-        _is_dask(reader) or (isinstance(reader, ImageReader) and _rests_on_dask(reader.loader))
-        for reader in loader.readers
-    )
-
-
 def _graph(loader: CellLoader, name: str) -> HighLevelGraph:
+    """Return the layers of the image and of all that it rests on."""
     layers: dict[str, Any] = {}
-    dependencies: dict[str, set[str]] = {name: set()}
-    upstream: dict[int, tuple[str, CellGrid | IrregularGrid]] = {}
-    local = []
-    for number, reader in enumerate(loader.readers):
-        if isinstance(reader, ImageReader):
-            above = dask_name(reader.loader)
-            graph = _graph(reader.loader, above)
-            upstream[number] = above, reader.loader.grid
-            if _rests_on_dask(reader.loader):
-                local.append(number)
-        elif _is_dask(reader):
-            array = reader.array  # type: ignore[attr-defined]
-            above, graph = array.name, array.dask
-            upstream[number] = above, reader.grid  # type: ignore[attr-defined]
-            local.append(number)
-        else:
-            continue
-        layers.update(graph.layers)
-        dependencies.update(graph.dependencies)
-        dependencies[name].add(above)
-    layers[name] = CellLayer(name, loader, upstream, tuple(local))
+    dependencies: dict[str, set[str]] = {}
+    on_dask: set[CellLoader] = set()
+    for image in loader.ancestry():
+        upstream: dict[int, tuple[str, CellGrid | IrregularGrid]] = {}
+        fed = []
+        for number, reader in enumerate(image.readers):
+            if isinstance(reader, ImageReader):
+                upstream[number] = _own_name(reader.loader), reader.loader.grid
+                if reader.loader in on_dask:
+                    fed.append(number)
+            elif _is_dask(reader):
+                array = reader.array  # type: ignore[attr-defined]
+                upstream[number] = array.name, reader.grid  # type: ignore[attr-defined]
+                fed.append(number)
+                graph = _layers_of(array)
+                layers.update(graph.layers)
+                dependencies.update(graph.dependencies)
+        if fed:
+            on_dask.add(image)
+        own = _own_name(image)
+        layers[own] = CellLayer(own, image, upstream, fed)
+        dependencies[own] = {above for above, _ in upstream.values()}
+    assert name in layers
     return HighLevelGraph(layers, dependencies)
 
 
-class CellLayer(Layer):
+def _layers_of(array: da.Array) -> HighLevelGraph:
+    graph = array.__dask_graph__()
+    if isinstance(graph, HighLevelGraph):
+        return graph
+    return HighLevelGraph({array.name: MaterializedLayer(dict(graph))}, {array.name: set()})
+
+
+class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
     """The tasks of an image's cells, made when they are asked for.
 
     Parameters
@@ -126,7 +143,7 @@ class CellLayer(Layer):
         Which of them reach a cell through the graph in this process.
     """
 
-    has_legacy_tasks = False  # type: ignore[assignment]
+    has_legacy_tasks = False
 
     def __init__(
         self,
@@ -202,8 +219,12 @@ class CellLayer(Layer):
         self, keys: set[Any], all_hlg_keys: Any
     ) -> tuple[MaterializedLayer, dict[Any, set[Any]]]:
         """Return the tasks of the wanted cells and what they depend on."""
-        tasks = {key: self[key] for key in keys if type(key) is tuple and key[0] == self.name}
-        dependencies = {key: set(task.dependencies) for key, task in tasks.items()}
+        tasks: dict[Any, Any] = {
+            key: self[key] for key in keys if type(key) is tuple and key[0] == self.name
+        }
+        dependencies: dict[Any, set[Any]] = {
+            key: set(task.dependencies) for key, task in tasks.items()
+        }
         if self.elsewhere and tasks:
             tasks[self._call_key] = self[self._call_key]
             dependencies[self._call_key] = set()
@@ -287,4 +308,55 @@ def _run(call: CellCall, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
 
 
 def _to_dask_expression(loader: CellLoader, name: str, meta: NDArray[Any]) -> da.Array:
-    raise NotImplementedError
+    """Return the image for dask's ``array.query-planning``, which has no symbolic layers.
+
+    The graph is written out when dask computes, so there a slice costs in proportion to the
+    number of cells; building and pickling do not.
+    """
+    # dask 2026.8 has no public way to make such an array from a graph.
+    from dask.array._array_expr._collection import from_graph
+
+    graph = _WrittenOut(_graph(loader, name), name)
+    keys = _Keys(name, loader.grid.grid_shape)
+    return from_graph(graph, meta, loader.grid.chunks, keys, "cells")
+
+
+class _WrittenOut:
+    """A graph that becomes a plain dictionary when dask asks for its keys."""
+
+    def __init__(self, graph: HighLevelGraph, name: str) -> None:
+        self._graph = graph
+        self._name = name
+        self._tasks: dict[Any, Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _WrittenOut, (self._graph, self._name)
+
+    def __dask_tokenize__(self) -> str:
+        return self._name
+
+    def keys(self) -> Any:
+        if self._tasks is None:
+            # Without what is only needed where each image's cells are tasks of their own.
+            layer = self._graph.layers[self._name]
+            self._tasks = dict(self._graph.cull(layer.get_output_keys()))
+        return self._tasks.keys()
+
+    def __getitem__(self, key: Any) -> Any:
+        self.keys()
+        assert self._tasks is not None
+        return self._tasks[key]
+
+
+class _Keys:
+    """The keys of an image's cells, never listed before somebody iterates."""
+
+    def __init__(self, name: str, grid_shape: tuple[int, ...]) -> None:
+        self._name = name
+        self._grid_shape = grid_shape
+
+    def __dask_tokenize__(self) -> tuple[str, tuple[int, ...]]:
+        return self._name, self._grid_shape
+
+    def __iter__(self) -> Iterator[Any]:
+        return product([self._name], *map(range, self._grid_shape))

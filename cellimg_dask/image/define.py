@@ -43,7 +43,7 @@ def map_cells(
     drop_axis: SupportsIndex | Iterable[SupportsIndex] = (),
     new_axis: Mapping[int, int] | None = None,
     shrink: SupportsIndex | Iterable[SupportsIndex] = 1,
-    cache: CellCache | None | str = "shared",
+    cache: CellCache | str | None = "shared",
 ) -> CellImg:
     """Return the lazy image ``f(*inputs)``, computed cell by cell.
 
@@ -133,9 +133,7 @@ def map_cells(
     kept = [axis for axis in range(len(whole)) if axis not in dropped]
     added = _new_axes(new_axis, len(kept))
     rest = iter(kept)
-    from_axis = [
-        None if axis in added else next(rest) for axis in range(len(kept) + len(added))
-    ]
+    from_axis = [None if axis in added else next(rest) for axis in range(len(kept) + len(added))]
     shape = tuple(
         added[axis] if source is None else -(-whole[source] // factors[source])
         for axis, source in enumerate(from_axis)
@@ -172,7 +170,7 @@ def fill_cells(
     boundary: str = "none",
     fill_value: Any = 0,
     params: Mapping[str, Any] | None = None,
-    cache: CellCache | None | str = "shared",
+    cache: CellCache | str | None = "shared",
 ) -> CellImg:
     """Return a lazy image whose cells ``f`` fills: ``f(block)`` writes into ``block.data``.
 
@@ -269,7 +267,7 @@ def _make(
     plans: Sequence[InputPlan],
     dtype: np.dtype[Any],
     params: Mapping[str, Any] | None,
-    cache: CellCache | None | str,
+    cache: CellCache | str | None,
 ) -> CellImg:
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(f"params must be a mapping of names, got {type(params).__name__}")
@@ -292,15 +290,13 @@ def _make(
         else make_reader(item.array, chunks)
         for item in items
     ]
-    return CellImg(
-        CellLoader(function, Planner(grid, plans), readers, dtype, params or {}, keep)
-    )
+    return CellImg(CellLoader(function, Planner(grid, plans), readers, dtype, params or {}, keep))
 
 
 def _axes(value: Any, ndim: int, what: str) -> tuple[int, ...]:
     """Return axes, negative ones counted from the end, sorted."""
-    numbers = as_ints(value, what, ndim=1) if not isinstance(value, Iterable) else as_ints(
-        value, what
+    numbers = (
+        as_ints(value, what, ndim=1) if not isinstance(value, Iterable) else as_ints(value, what)
     )
     axes = []
     for axis in numbers:
@@ -417,7 +413,7 @@ def _annotated_dtype(f: Callable[..., Any]) -> np.dtype[Any] | None:
         scalar = typing.get_args(argument)
         if typing.get_origin(argument) is np.dtype and scalar and isinstance(scalar[0], type):
             try:
-                found = np.dtype(scalar[0])
+                found: np.dtype[Any] = np.dtype(scalar[0])
             except TypeError:
                 return None
             # An abstract type such as np.floating names no dtype of its own.

@@ -11,19 +11,16 @@ __all__ = ["as_html", "as_text"]
 
 
 def _size(nbytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if nbytes < 1024:
-            break
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while nbytes >= 1024 and len(units) > 1:
         nbytes /= 1024
-    else:
-        unit = "EiB"
-    return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        units.pop(0)
+    return f"{nbytes:.0f} bytes" if units[0] == "bytes" else f"{nbytes:.1f} {units[0]}"
 
 
 def _halo(halo: Halo) -> str:
     widths = [
-        str(a) if a == b else f"({a}, {b})"
-        for a, b in zip(halo.before, halo.after, strict=True)
+        str(a) if a == b else f"({a}, {b})" for a, b in zip(halo.before, halo.after, strict=True)
     ]
     return widths[0] if len(set(widths)) == 1 else f"({', '.join(widths)})"
 
@@ -34,16 +31,13 @@ def _facts(loader: CellLoader) -> dict[str, str]:
     for extent in grid.shape:
         voxels *= extent
     held = len(loader.shelf.held())
-    halos = [
-        f"{_halo(item.halo)}, {item.boundary}" for item in loader.planner.inputs if item.shape
-    ]
+    halos = [f"{_halo(item.halo)}, {item.boundary}" for item in loader.planner.inputs if item.shape]
     return {
         "shape": f"{grid.shape}",
         "dtype": f"{loader.dtype}",
         "size": _size(voxels * loader.dtype.itemsize),
         "cells": f"{grid.num_cells:,} of {grid.cell_shape}, {grid.grid_shape} in the grid",
-        "function": loader.function.name
-        + (f" with {loader.params}" if loader.params else ""),
+        "function": loader.function.name + (f" with {loader.params}" if loader.params else ""),
         "halo": "; ".join(dict.fromkeys(halos)) or "none",
         "cached": f"{held:,} cells, {_size(stats.bytes)}",
         "hits / loads": f"{stats.hits:,} / {stats.loads:,}"
@@ -85,8 +79,7 @@ def _picture(loader: CellLoader, edge: int = 160, most_lines: int = 24) -> str:
     cell_height = min(cell[0] * height / rows_, height)
     cell_width = min(cell[1] * width / columns, width)
     middle = sum(
-        (n // 2) * stride
-        for n, stride in zip(grid.grid_shape[:-2], grid.strides[:-2], strict=True)
+        (n // 2) * stride for n, stride in zip(grid.grid_shape[:-2], grid.strides[:-2], strict=True)
     )
     shapes = []
     if count[0] <= most_lines and count[1] <= most_lines:

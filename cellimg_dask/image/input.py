@@ -55,8 +55,7 @@ class Input:
             check_boundary(self.boundary)
         if self.index_map is not None and not callable(self.index_map):
             raise TypeError(
-                f"index_map must be a callable from Roi to Roi, "
-                f"got {type(self.index_map).__name__}"
+                f"index_map must be a callable from Roi to Roi, got {type(self.index_map).__name__}"
             )
 
     @property

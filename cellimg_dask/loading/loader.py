@@ -19,6 +19,7 @@ from cellimg_dask.blocks.functions import BlockFunction
 from cellimg_dask.blocks.plan import CellPlan, Planner
 from cellimg_dask.geometry import CellGrid, Roi, tiles
 from cellimg_dask.loading.crew import Crew, get_crew
+from cellimg_dask.loading.deep import supported
 from cellimg_dask.loading.readers import (
     AbsentReader,
     ChunkedReader,
@@ -33,12 +34,13 @@ from cellimg_dask.state.dirty import (
     CellTest,
     Region,
     affected_cells,
+    bounds_read,
     cells_meeting,
     merge_regions,
     region_of,
     touched_region,
 )
-from cellimg_dask.state.flights import CircularWait, Flight, inside
+from cellimg_dask.state.flights import CircularWaitError, Flight, inside
 
 __all__ = ["CellLoader", "ImageReader"]
 
@@ -90,6 +92,8 @@ class CellLoader:
         self.crew = make_crew
         self.dependents: weakref.WeakSet[CellLoader] = weakref.WeakSet()
         """Loaders of the images that read this one."""
+        self.depth = 1 + max((loader.depth for loader in self.upstream()), default=0)
+        """Length of the longest chain of images that ends here."""
         self.edition = 0
         """How often the image was invalidated."""
         self.token: tuple[int, str] | None = None
@@ -102,6 +106,23 @@ class CellLoader:
     def grid(self) -> CellGrid:
         """Grid of the image."""
         return self.planner.grid
+
+    def upstream(self) -> list[CellLoader]:
+        """Return the loaders that this one reads from directly."""
+        return [reader.loader for reader in self.readers if isinstance(reader, ImageReader)]
+
+    def ancestry(self) -> list[CellLoader]:
+        """Return all loaders that this one rests on, and itself, each after its own upstream."""
+        # Without recursion: a chain may be deeper than Python's stack.
+        order: dict[CellLoader, None] = {}
+        stack = [self]
+        while stack:
+            missing = [loader for loader in stack[-1].upstream() if loader not in order]
+            if missing:
+                stack.extend(missing)
+            else:
+                order[stack.pop()] = None
+        return list(order)
 
     def load(self, index: int, readers: Sequence[Reader] | None = None) -> NDArray[Any]:
         """Return the whole cell ``index``, read-only; computed at most once while it is held.
@@ -126,48 +147,30 @@ class CellLoader:
             if readers is None:
                 return self.shelf.get(index, self.compute_owned)
             return self.shelf.get(index, lambda wanted: self.compute_owned(wanted, readers))
-        except CircularWait:
+        except CircularWaitError:
             raise self._cycle(index) from None
 
-    def compute(
-        self, index: int, readers: Sequence[Reader], out: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
-        """Compute a cell, past the cache.
-
-        Returns
-        -------
-        ndarray
-            ``out`` if given, else an array that may be a view, even of an input, and may have
-            another dtype that the image's can hold.
-        """
-        plan = self.planner.plan(index)
-        inputs = tuple([self._read(plan, number, reader) for number, reader in enumerate(readers)])
-        result = self.function.apply(plan, inputs, self.params, self.dtype, out)
-        if out is not None and result is not out:
-            out[...] = result
-            return out
-        return result
-
-    def read(self, roi: Roi, out: NDArray[Any]) -> None:
-        """Fill ``out`` with the region, which lies in the image.
+    def read(self, start: Sequence[int], stop: Sequence[int], out: NDArray[Any]) -> None:
+        """Fill ``out`` with the region ``start`` to ``stop``, which lies in the image.
 
         A region of more than half the cache's bound goes past the cache: cells that are held
         are used, others are computed straight into ``out`` and not kept.
         """
-        count, parts = tiles(self.grid, roi.start, roi.stop)
+        count, parts = tiles(self.grid, start, stop)
         if count <= _GATHER_AT_ONCE:
             listed = list(parts)
-            held = self.shelf.get_many([index for index, _, _ in listed])
+            held = self.shelf.get_many([part[0] for part in listed])
             missing = []
             for value, part in zip(held, listed, strict=True):
                 if value is None:
                     missing.append(part)
                 else:
-                    out[part[2]] = value[part[1]]
+                    _, source, target = part
+                    out[target] = value[source]
             if not missing:
                 return
             count, parts = len(missing), iter(missing)
-        keep = 2 * roi.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
+        keep = 2 * out.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
 
         def through_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
             index, source, target = part
@@ -175,7 +178,9 @@ class CellLoader:
 
         def past_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
             index, source, target = part
-            self._compute_into(index, source, out[(*target, ...)])
+            # The ellipsis makes it a view also where there are no axes.
+            view: NDArray[Any] = out[(*target, ...)]  # type: ignore[arg-type]
+            self._compute_into(index, source, view)
 
         self.crew().run(parts, through_cache if keep else past_cache, count)
 
@@ -194,7 +199,7 @@ class CellLoader:
         cells: CellProduct | CellTest = cells_meeting(self.grid, region)
         for number, reader in enumerate(self.readers):
             if isinstance(reader, ChunkedReader):
-                reader.forget(_boxes_read(self.planner, number, cells))
+                reader.forget(bounds_read(self.planner, number, cells))
         self.shelf.invalidate(cells)
         self.edition += 1
         changed: dict[CellLoader, list[Region]] = {self: [region]}
@@ -227,20 +232,37 @@ class CellLoader:
                 stack.append(iter(list(below.dependents)))
         return order[-2::-1]
 
-    def compute_owned(
-        self, index: int, readers: Sequence[Reader] | None = None
-    ) -> NDArray[Any]:
+    def compute_owned(self, index: int, readers: Sequence[Reader] | None = None) -> NDArray[Any]:
         """Compute a cell, past the cache, into an array that nobody else holds."""
-        result = self.compute(index, self.readers if readers is None else readers)
+        plan = self.planner.plan(index)
+        with supported(self, plan):
+            result = self._compute(plan, self.readers if readers is None else readers, None)
         if self.function.fresh:
             return result
         # A copy: the function may have returned a view of its input, or a buffer that it will
         # use again.
         return result.astype(self.dtype, order="C", copy=True)
 
-    def _compute_into(
-        self, index: int, source: tuple[slice, ...], target: NDArray[Any]
-    ) -> None:
+    def _compute(
+        self, plan: CellPlan, readers: Sequence[Reader], out: NDArray[Any] | None
+    ) -> NDArray[Any]:
+        """Run the block function on a cell.
+
+        Returns
+        -------
+        ndarray
+            ``out`` if given, else an array that may be a view, even of an input, and may have
+            another dtype that the image's can hold.
+        """
+        inputs = tuple([self._read(plan, number, reader) for number, reader in enumerate(readers)])
+        result = self.function.apply(plan, inputs, self.params, self.dtype, out)
+        if out is not None and result is not out:
+            out[...] = result
+            return out
+        return result
+
+    def _compute_into(self, index: int, source: tuple[slice, ...], target: NDArray[Any]) -> None:
+        """Compute a cell past the cache, and put the ``source`` part of it into ``target``."""
         held = self.shelf.peek(index)
         if held is not None:
             target[...] = held[source]
@@ -248,14 +270,14 @@ class CellLoader:
         flight = Flight(self.shelf, index)
         if flight.begun_by_itself():
             raise self._cycle(index)
+        plan = self.planner.plan(index)
         began = perf_counter()
         try:
-            with inside(flight):
-                roi = self.grid.roi(self.grid.position(index))
-                if target.shape == roi.shape:
-                    self.compute(index, self.readers, target)
+            with inside(flight), supported(self, plan):
+                if target.shape == plan.shape:
+                    self._compute(plan, self.readers, target)
                 else:
-                    target[...] = self.compute(index, self.readers)[source]
+                    target[...] = self._compute(plan, self.readers, None)[source]
         except Exception:
             self.shelf.record(0.0, failed=True)
             raise
@@ -311,35 +333,15 @@ class CellLoader:
         )
 
 
-def _boxes_read(
-    planner: Planner, number: int, cells: CellProduct | CellTest
-) -> tuple[tuple[int, int], ...] | None:
-    """Return bounds of what cells read of an input, per input axis; None: perhaps everything."""
-    item = planner.inputs[number]
-    if item.links is None or isinstance(cells, CellTest):
-        return None
-    bounds = []
-    for axis, link in enumerate(item.links):
-        if link.axis is None:
-            bounds.append((0, item.shape[axis]))
-            continue
-        spans = [
-            span
-            for position in cells.positions[link.axis]
-            for n, a, window in planner.piece(link.axis, position).windows
-            if (n, a) == (number, axis)
-            for span in window.spans
-        ]
-        bounds.append((min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)))
-    return tuple(bounds)
-
-
 class ImageReader(TiledReader):
     """Reads another image, cell by cell through its loader."""
 
     def __init__(self, loader: CellLoader) -> None:
         self.loader = loader
         super().__init__(loader.grid, loader.dtype, loader.load)
+
+    def _join(self, low: Sequence[int], high: Sequence[int], block: NDArray[Any]) -> None:
+        self.loader.read(low, high, block)
 
     def __reduce__(self) -> tuple[type[ImageReader], tuple[CellLoader]]:
         return ImageReader, (self.loader,)

@@ -20,7 +20,15 @@ from cellimg_dask.geometry import AxisWindow, CellGrid, IrregularGrid, TileGrid,
 if TYPE_CHECKING:
     from cellimg_dask.state.cache import CellCache
 
-__all__ = ["AbsentReader", "ChunkedReader", "Reader", "TiledReader", "make_reader", "native", "read_windows"]
+__all__ = [
+    "AbsentReader",
+    "ChunkedReader",
+    "Reader",
+    "TiledReader",
+    "make_reader",
+    "native",
+    "read_windows",
+]
 
 
 class Reader(Protocol):
@@ -36,12 +44,11 @@ class Reader(Protocol):
 
 def native(dtype: Any) -> np.dtype[Any]:
     """Return ``dtype`` in this machine's byte order."""
-    return np.dtype(dtype).newbyteorder("=")
+    result: np.dtype[Any] = np.dtype(dtype).newbyteorder("=")
+    return result
 
 
-def read_windows(
-    reader: Reader, windows: Sequence[AxisWindow], fill_value: Any
-) -> NDArray[Any]:
+def read_windows(reader: Reader, windows: Sequence[AxisWindow], fill_value: Any) -> NDArray[Any]:
     """Read a block with its border: the spans, mirrored or repeated, then the constants.
 
     Returns
@@ -80,9 +87,9 @@ def read_windows(
         framed = np.full(
             tuple(window.length for window in windows), fill_value, native(reader.dtype)
         )
-        framed[
-            tuple(slice(window.before, window.length - window.after) for window in windows)
-        ] = block
+        framed[tuple(slice(window.before, window.length - window.after) for window in windows)] = (
+            block
+        )
         block = framed
     if not block.dtype.isnative:
         block = block.astype(native(block.dtype))
@@ -148,9 +155,13 @@ class TiledReader:
             tile = self.tile(index)
             return tile[source] if source else tile.view()
         block = np.empty([b - a for a, b in zip(low, high, strict=True)], native(self.dtype))
+        self._join(low, high, block)
+        return block
+
+    def _join(self, low: Sequence[int], high: Sequence[int], block: NDArray[Any]) -> None:
+        _, parts = tiles(self.grid, low, high)
         for index, source, target in parts:
             block[target] = self.tile(index)[source]
-        return block
 
 
 class AbsentReader(TiledReader):
@@ -222,6 +233,8 @@ def make_reader(array: Any, cache: CellCache) -> Reader:
     if isinstance(array, np.ndarray):
         return ArrayReader(array)
     check_array(array)
+    if type(array).__module__.partition(".")[0] == "xarray" and array.chunks is not None:
+        array = array.data
     known = _readers.get((id(array), id(cache)))
     if known is not None:
         return known
@@ -265,6 +278,11 @@ def check_array(array: Any) -> None:
             f"an input must have shape, dtype and __getitem__; {type(array).__name__} "
             f"has no {' and no '.join(missing)}{hint}"
         )
+    if not isinstance(array.shape, tuple):
+        raise TypeError(
+            f"the shape of an input must be known, {type(array).__name__} has {array.shape!r}; "
+            f"for a dask Delayed use dask.array.from_delayed"
+        )
 
 
 def _chunk_grid(chunks: Any, shape: tuple[int, ...]) -> CellGrid | IrregularGrid | None:
@@ -307,9 +325,7 @@ def _tensorstore_reader(array: Any, cache: CellCache) -> Reader:
     shape = tuple(int(n) for n in array.shape)
     grid = None
     if chunk is not None:
-        grid = _chunk_grid(
-            tuple(int(c) or n for c, n in zip(chunk, shape, strict=True)), shape
-        )
+        grid = _chunk_grid(tuple(int(c) or n for c, n in zip(chunk, shape, strict=True)), shape)
     if grid is None:
         return _TensorStoreRegions(array, dtype)
 

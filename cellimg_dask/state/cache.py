@@ -15,9 +15,9 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.errors import CellError
@@ -290,7 +290,7 @@ class Shelf:
         Exception
             What ``load`` raised, for everybody who waited; nothing is kept, the next call
             tries again.
-        CircularWait
+        CircularWaitError
             If the cell needs itself.
         """
         cache = self.cache
@@ -500,8 +500,7 @@ def _memory_bytes() -> int:
         known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            with open(path, encoding="ascii") as file:
-                text = file.read().strip()
+            text = Path(path).read_text(encoding="ascii").strip()
         except OSError:
             continue
         if text.isdigit():

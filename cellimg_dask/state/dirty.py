@@ -14,8 +14,18 @@ from typing import TypeAlias
 from cellimg_dask.blocks.plan import InputPlan, Planner
 from cellimg_dask.geometry import AxisWindow, CellGrid, Roi
 
-__all__ = ["CellProduct", "CellTest", "Region", "affected_cells", "cells_meeting", "merge_regions", "region_of",
-           "touched_region"]
+__all__ = [
+    "CellProduct",
+    "CellTest",
+    "Region",
+    "affected_cells",
+    "bounds_read",
+    "cells_meeting",
+    "hull",
+    "merge_regions",
+    "region_of",
+    "touched_region",
+]
 
 Interval: TypeAlias = tuple[int, int]
 Region: TypeAlias = tuple[tuple[Interval, ...], ...]
@@ -113,17 +123,44 @@ def affected_cells(planner: Planner, number: int, region: Region) -> CellProduct
     return CellProduct(grid, positions)
 
 
+def bounds_read(
+    planner: Planner, number: int, cells: CellProduct | CellTest
+) -> tuple[tuple[int, int], ...] | None:
+    """Return bounds of what cells read of an input, per input axis; None: perhaps everything."""
+    item = planner.inputs[number]
+    if item.links is None or isinstance(cells, CellTest):
+        return None
+    bounds = []
+    for axis, link in enumerate(item.links):
+        if link.axis is None:
+            bounds.append((0, item.shape[axis]))
+            continue
+        spans = [
+            span
+            for position in cells.positions[link.axis]
+            for n, a, window in planner.piece(link.axis, position).windows
+            if (n, a) == (number, axis)
+            for span in window.spans
+        ]
+        lows, highs = zip(*spans, strict=True) if spans else ((0,), (0,))
+        bounds.append((min(lows), max(highs)))
+    return tuple(bounds)
+
+
 def merge_regions(regions: Sequence[Region], limit: int = 8) -> list[Region]:
     """Return the distinct ones; beyond ``limit`` their bounding box, which is never too small."""
     distinct = [region for region in dict.fromkeys(regions) if all(region)]
     if len(distinct) <= limit:
         return distinct
-    return [
-        tuple(
-            ((min(i[0][0] for i in axis), max(i[-1][1] for i in axis)),)
-            for axis in zip(*distinct, strict=True)
-        )
-    ]
+    return [hull(distinct)]
+
+
+def hull(regions: Sequence[Region]) -> Region:
+    """Return the bounding box of regions that are not empty."""
+    return tuple(
+        ((min(axis[0][0] for axis in axes), max(axis[-1][1] for axis in axes)),)
+        for axes in zip(*regions, strict=True)
+    )
 
 
 def touched_region(cells: CellProduct | CellTest) -> Region:
@@ -178,12 +215,8 @@ def _affected_positions(
 
 
 def _reads(windows: Sequence[AxisWindow], region: Region) -> bool:
-    return all(
-        _meet(window, intervals) for window, intervals in zip(windows, region, strict=True)
-    )
+    return all(_meet(window, intervals) for window, intervals in zip(windows, region, strict=True))
 
 
 def _meet(window: AxisWindow, intervals: tuple[Interval, ...]) -> bool:
-    return any(
-        a < high and low < b for a, b in window.spans for low, high in intervals if a < b
-    )
+    return any(a < high and low < b for a, b in window.spans for low, high in intervals if a < b)

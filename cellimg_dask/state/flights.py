@@ -8,16 +8,14 @@ that needs itself, directly or through others: `Flight.join` finds that before i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["CircularWait", "Flight", "current_flight", "inside"]
+__all__ = ["CircularWaitError", "Flight", "current_flight", "inside"]
 
 
-class CircularWait(Exception):
+class CircularWaitError(Exception):
     """Waiting would never end, because the awaited flight waits for this thread."""
 
 
@@ -86,7 +84,7 @@ class Flight:
 
         Raises
         ------
-        CircularWait
+        CircularWaitError
             If the flight, directly or through others, waits for the caller's own flight.
         """
         mine = _current.flight
@@ -95,7 +93,7 @@ class Flight:
             return
         with _joins:
             if self._is_waited_for_by_way_of(mine):
-                raise CircularWait
+                raise CircularWaitError
             self._waiting.append(mine)
         try:
             done.wait()
@@ -130,12 +128,18 @@ def current_flight() -> Flight | None:
     return _current.flight
 
 
-@contextmanager
-def inside(flight: Flight | None) -> Iterator[None]:
+class inside:  # noqa: N801 - a context manager, used like a function
     """Run as a part of ``flight``: flights begun meanwhile have it as their parent."""
-    before = _current.flight
-    _current.flight = flight
-    try:
-        yield
-    finally:
-        _current.flight = before
+
+    # Not contextlib's: that costs more than all the rest of a small cell's bookkeeping.
+    __slots__ = ("_before", "_flight")
+
+    def __init__(self, flight: Flight | None) -> None:
+        self._flight = flight
+
+    def __enter__(self) -> None:
+        self._before = _current.flight
+        _current.flight = self._flight
+
+    def __exit__(self, *exc: object) -> None:
+        _current.flight = self._before

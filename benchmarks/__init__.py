@@ -1,0 +1,1 @@
+"""Measurements against the bare loop and against dask; see ``python -m benchmarks.core --help``."""

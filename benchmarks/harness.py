@@ -1,0 +1,73 @@
+"""One measurement in one fresh process, and what is read off a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CORES = 2
+TIMEOUT_S = 600
+MIB = 1 << 20
+
+
+class MeasurementError(RuntimeError):
+    """A measurement ended with an error; the message is what its process printed."""
+
+
+def in_fresh_process(case: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run one of `benchmarks.cases` in a new interpreter and return what it measured."""
+    # A new interpreter inherits its parent's peak memory as its own, so this one imports neither
+    # NumPy nor anything that does.
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cases", case, json.dumps(arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise MeasurementError(f"{case} {arguments} failed:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def use_two_cores() -> None:
+    """Keep this process on two cores where it has more, so that machines can be compared."""
+    if hasattr(os, "sched_setaffinity"):
+        usable = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, usable[:CORES])
+
+
+def memory_now() -> int:
+    """Return the resident bytes of this process."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return memory_peak()
+
+
+def memory_peak() -> int:
+    """Return the most bytes that this process ever had resident."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine() -> dict[str, Any]:
+    """Return the facts that a reader of the table has to know."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    names = ("numpy", "scipy", "dask", "zarr", "tensorstore")
+    return {
+        "cores": usable,
+        "load before": round(os.getloadavg()[0], 2),
+        "Python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }

@@ -1,0 +1,141 @@
+"""Repeats measurements, interleaved, and keeps what several rows share."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.harness import MeasurementError, in_fresh_process
+
+Case = tuple[str, dict[str, Any]]
+Results = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    row: str
+    """Letter of the row that it belongs to."""
+    what: str
+    """What was measured."""
+    unit: str
+    """Unit of the values."""
+    values: Sequence[float]
+    """One per repetition."""
+    goal: float | None = None
+    """The median should not be above this."""
+
+    @property
+    def median(self) -> float:
+        """The middle value."""
+        return median(self.values)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the goal is met; None where there is none."""
+        return None if self.goal is None else self.median <= self.goal
+
+
+class Lab:
+    """Runs the measurements of one call of the program.
+
+    Parameters
+    ----------
+    repeats : int
+        How often each measurement is repeated.
+    quick : bool
+        Whether everything is tiny and only has to run; two processes then run at a time.
+    """
+
+    def __init__(self, repeats: int, *, quick: bool) -> None:
+        self.repeats = repeats
+        self.quick = quick
+        self._folder = tempfile.TemporaryDirectory(prefix="cellimg-benchmark-")
+        self._runs: dict[tuple[str, str], Results] = {}
+        self.stored_ratio: float | None = None
+        """Bytes over stored bytes of the zarr input, once it was written."""
+
+    def close(self) -> None:
+        """Remove the inputs."""
+        self._folder.cleanup()
+
+    def measure(self, cases: dict[str, Case], repeats: int | None = None) -> Results:
+        """Run each case ``repeats`` times, in turns, each time in a fresh process.
+
+        Every round begins with another case, so that none always follows the same one.
+        """
+        rounds = self.repeats if repeats is None else min(repeats, self.repeats)
+        names = list(cases)
+        order = [
+            (turn, names[(turn + shift) % len(names)])
+            for turn in range(rounds)
+            for shift in range(len(names))
+        ]
+
+        def one(job: tuple[int, str]) -> dict[str, Any]:
+            turn, name = job
+            print(f"… {name} ({turn + 1} of {rounds})", file=sys.stderr, flush=True)
+            return in_fresh_process(*cases[name])
+
+        with ThreadPoolExecutor(2 if self.quick else 1) as pool:
+            done = list(pool.map(one, order))
+        results: Results = {name: [] for name in names}
+        for (_, name), result in zip(order, done, strict=True):
+            results[name].append(result)
+        return results
+
+    def runs(self, function: str, source: str) -> Results:
+        """Compute a whole image with each method; checked to be equal voxel by voxel."""
+        if (function, source) not in self._runs:
+            arguments: dict[str, Any] = {
+                "function": function,
+                "cell": 16 if self.quick else 64,
+                "size": 64 if self.quick else 512,
+            }
+            if source == "zarr":
+                arguments |= {"zarr": self._zarr_folder(), "cache_mib": 256}
+            methods = ["bare", "cells", "cells_kept", "map_overlap"]
+            if source == "zarr":
+                methods.remove("cells_kept")
+            results = self.measure(
+                {
+                    f"{function}, {source}: {method}": ("run", {"method": method, **arguments})
+                    for method in methods
+                }
+            )
+            results = dict(zip(methods, results.values(), strict=True))
+            (expected,) = {result["digest"] for result in results["bare"]}
+            for method in methods:
+                if any(result["digest"] != expected for result in results[method]):
+                    raise MeasurementError(
+                        f"{function}, {source}: {method} differs from the bare loop"
+                    )
+            self._runs[function, source] = results
+        return self._runs[function, source]
+
+    def _zarr_folder(self) -> str:
+        folder = Path(self._folder.name, "inputs")
+        if self.stored_ratio is None:
+            size, chunk = (64, 16) if self.quick else (512, 64)
+            written = in_fresh_process(
+                "write_inputs", {"zarr": str(folder), "size": size, "chunk": chunk}
+            )
+            self.stored_ratio = written["ratio"]
+        return str(folder)
+
+
+def column(results: list[dict[str, Any]], name: str) -> list[float]:
+    """Return one number of each repetition."""
+    return [result[name] for result in results]
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Return the quotients of values that were measured in the same round."""
+    return [a / b for a, b in zip(above, below, strict=True)]

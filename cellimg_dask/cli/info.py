@@ -1,0 +1,93 @@
+"""``cellimg info``: what a file holds, and how it would be cut into cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cellimg_dask.cli.files import SAMPLES, Stored, open_file
+
+__all__ = ["info"]
+
+_HALO = 8
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+def info(file: Path) -> None:
+    """Show what FILE holds and how map_cells would cut it into cells.
+
+    FILE is a TIFF, PNG, JPEG, .npy or HDF5 file, or a folder with a zarr array or group (version
+    2 or 3). Every array in it is listed. Nothing is decoded and nothing on disk is changed.
+    """
+    with open_file(file) as arrays:
+        click.echo(f"{file}: {arrays[0].kind}, {_count(len(arrays), 'array')}")
+        for stored in arrays:
+            if stored.name:
+                click.echo(f"\n{stored.name}")
+            facts = _facts(stored)
+            width = max(map(len, facts))
+            for name, value in facts.items():
+                click.echo(f"  {name:<{width}}  {value}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def _facts(stored: Stored) -> dict[str, str]:
+    from dask.utils import format_bytes
+
+    voxels = 1
+    for extent in stored.shape:
+        voxels *= extent
+    facts = {"shape": str(stored.shape)}
+    if stored.axes is not None:
+        samples = f" ({SAMPLES}: colour samples)" if SAMPLES in stored.axes else ""
+        facts["axes"] = ", ".join(stored.axes) + samples
+    facts["dtype"] = str(stored.dtype)
+    facts["size"] = (
+        f"{format_bytes(voxels * stored.dtype.itemsize)}, "
+        f"{format_bytes(stored.stored_bytes)} on disk"
+    )
+    facts["chunks"] = str(stored.chunks) if stored.chunks else "none"
+    if stored.shards:
+        facts["shards"] = str(stored.shards)
+    facts["compression"] = stored.compression
+    return facts | _cells(stored)
+
+
+class _Outline:
+    """An input of which only the outside is known."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.shape = stored.shape
+        self.dtype = stored.dtype
+        self.chunks = stored.chunks
+
+    def __getitem__(self, key: Any) -> Any:
+        raise AssertionError("only the outline is here")
+
+
+def _cells(stored: Stored) -> dict[str, str]:
+    """Say which grid `map_cells` chooses, and what one block takes."""
+    from dask.utils import format_bytes
+
+    import cellimg_dask as ci
+
+    try:
+        grid = ci.map_cells(abs, _Outline(stored), dtype=stored.dtype).grid
+    except (TypeError, ValueError) as error:
+        return {"default cells": f"none: {error}"}
+    cell = tuple(min(c, n) for c, n in zip(grid.cell_shape, grid.shape, strict=True))
+    written = read = stored.dtype.itemsize
+    for c, n in zip(cell, grid.shape, strict=True):
+        written *= c
+        read *= min(c + 2 * _HALO, n)
+    return {
+        "default cells": f"{grid.num_cells:,} of {cell}, {grid.grid_shape} in the grid",
+        "one block": f"{format_bytes(written)} to read and as much to write; "
+        f"with a halo of {_HALO} on all axes {format_bytes(read)} to read",
+    }
