@@ -7,8 +7,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +38,8 @@ def in_fresh_process(case: str, arguments: dict[str, Any]) -> dict[str, Any]:
     )
     if done.returncode != 0:
         raise MeasurementError(f"{case} {arguments} failed:\n{done.stdout}{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    numbers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return numbers
 
 
 def use_two_cores() -> None:
@@ -59,6 +63,17 @@ def memory_peak() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def typical_seconds(action: Callable[[], object], times: int) -> float:
+    """Return the median seconds of an action, after a first time that does not count."""
+    action()
+    seconds = []
+    for _ in range(times):
+        began = perf_counter()
+        action()
+        seconds.append(perf_counter() - began)
+    return median(seconds)
 
 
 def machine() -> dict[str, Any]:

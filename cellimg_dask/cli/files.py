@@ -121,10 +121,14 @@ def _open_tiff(path: Path, kind: str, stack: ExitStack) -> list[Stored]:
             None,
             _lower_name(series.keyframe.compression),
             _tiff_bytes(series) if len(arrays) > 1 else path.stat().st_size,
-            lambda array=array: array,
+            _giving(array),
         )
         for number, (series, array) in enumerate(zip(file.series, arrays, strict=True))
     ]
+
+
+def _giving(array: Any) -> Callable[[], Any]:
+    return lambda: array
 
 
 def _tiff_bytes(series: Any) -> int:
@@ -162,7 +166,7 @@ def _open_npy(path: Path, kind: str, stack: ExitStack) -> list[Stored]:
         array = np.load(path, allow_pickle=False)
     size = path.stat().st_size
     return [
-        Stored(kind, "", array.shape, array.dtype, None, None, None, "none", size, lambda: array)
+        Stored(kind, "", array.shape, array.dtype, None, None, None, "none", size, _giving(array))
     ]
 
 
@@ -185,7 +189,7 @@ def _open_hdf5(path: Path, kind: str, stack: ExitStack) -> list[Stored]:
                     None,
                     item.compression or "none",
                     item.id.get_storage_size(),
-                    lambda: item,
+                    _giving(item),
                 )
             )
 
@@ -246,7 +250,7 @@ def _zarr_stored(array: Any, name: str, folder: Path, axes: Sequence[str] | None
         None if array.shards is None else tuple(array.shards),
         ", ".join(codecs) or "none",
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-        lambda: array,
+        _giving(array),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ class Picture:
     """Cell shape."""
     region: tuple[int, int, int, int]
     """First row and column, one past the last row and column, of the region read first."""
-    taken: Sequence[tuple[str, NDArray[np.bool_]]]
-    """Per image: what to say of it, and which of the cells shown the region needed."""
+    taken: Mapping[str, NDArray[np.bool_]]
+    """Per image, first to last: what to say of it -> which of the cells shown were needed."""
     halos: tuple[int, int]
     """Halo of each stage."""
 
@@ -53,14 +53,15 @@ def draw(picture: Picture, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows, columns = picture.first.shape
-    width = 15.0
+    width = 13.0
     panel = (width - 0.9) / 3
     height = 2 * (min(max(panel * rows / columns, 2.0), 7.0) + 0.45) + 0.6
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08, wspace=0.02, hspace=0.02)
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08, wspace=0.02, hspace=0.02)
     figure.suptitle(picture.title, fontsize=15, fontweight="bold", color=_INK)
     axes = figure.subplots(2, 3)
     top, left = picture.origin
@@ -68,7 +69,7 @@ def draw(picture: Picture, path: Path) -> None:
 
     def show(axis: Any, data: NDArray[Any], title: str, **how: Any) -> Any:
         shown = axis.imshow(data, extent=extent, **how)
-        axis.set_title(title, fontsize=11.5, color=_INK)
+        axis.set_title(title, fontsize=11, color=_INK)
         axis.set_xticks([])
         axis.set_yticks([])
         return shown
@@ -176,7 +177,7 @@ def _draw_taken(
     shade[:] = to_rgb("#e9edf1")
     legend = []
     colours = _STAGES[-len(picture.taken) :]
-    for (label, cells), colour in zip(picture.taken, colours, strict=True):
+    for (label, cells), colour in zip(picture.taken.items(), colours, strict=True):
         shade[cells[np.ix_(of_row, of_column)]] = to_rgb(colour)
         legend.append(Patch(color=colour, label=label))
     show(axis, shade, "computed for the one region (white frame)", interpolation="nearest")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -93,31 +93,27 @@ def _is_dask(reader: Reader) -> bool:
 
 
 def _graph(loader: CellLoader, name: str) -> HighLevelGraph:
-    """Return the layers of the image and of all that it rests on."""
+    """Return the image's layer, and those of the dask arrays that it rests on."""
     layers: dict[str, Any] = {}
     dependencies: dict[str, set[str]] = {}
-    on_dask: set[CellLoader] = set()
+    arrays: set[str] = set()
+    stages = []
     for image in loader.ancestry():
-        upstream: dict[int, tuple[str, CellGrid | IrregularGrid]] = {}
-        fed = []
+        upstream: dict[int, Upstream] = {}
         for number, reader in enumerate(image.readers):
             if isinstance(reader, ImageReader):
-                upstream[number] = _own_name(reader.loader), reader.loader.grid
-                if reader.loader in on_dask:
-                    fed.append(number)
+                upstream[number] = Upstream(_own_name(reader.loader), reader.loader.grid, False)
             elif _is_dask(reader):
                 array = reader.array  # type: ignore[attr-defined]
-                upstream[number] = array.name, reader.grid  # type: ignore[attr-defined]
-                fed.append(number)
+                grid = reader.grid  # type: ignore[attr-defined]
+                upstream[number] = Upstream(array.name, grid, True)
                 graph = _layers_of(array)
                 layers.update(graph.layers)
                 dependencies.update(graph.dependencies)
-        if fed:
-            on_dask.add(image)
-        own = _own_name(image)
-        layers[own] = CellLayer(own, image, upstream, fed)
-        dependencies[own] = {above for above, _ in upstream.values()}
-    assert name in layers
+                arrays.add(array.name)
+        stages.append((_own_name(image), image, upstream))
+    layers[name] = CellLayer(stages)
+    dependencies[name] = arrays
     return HighLevelGraph(layers, dependencies)
 
 
@@ -126,125 +122,6 @@ def _layers_of(array: da.Array) -> HighLevelGraph:
     if isinstance(graph, HighLevelGraph):
         return graph
     return HighLevelGraph({array.name: MaterializedLayer(dict(graph))}, {array.name: set()})
-
-
-class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
-    """The tasks of an image's cells, made when they are asked for.
-
-    Parameters
-    ----------
-    name : str
-        First part of the keys, the rest is the cell's position.
-    loader : CellLoader
-        Computes the cells.
-    upstream : mapping of int to (str, grid)
-        Inputs that are dask arrays or images: the name of their keys and their grid.
-    fed : sequence of int
-        Which of them reach a cell through the graph in this process.
-    """
-
-    has_legacy_tasks = False
-
-    def __init__(
-        self,
-        name: str,
-        loader: CellLoader,
-        upstream: Mapping[int, tuple[str, CellGrid | IrregularGrid]],
-        fed: Sequence[int],
-        *,
-        elsewhere: bool = False,
-        annotations: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(annotations=annotations)
-        self.name = name
-        self.loader = loader
-        self.upstream = dict(upstream)
-        self.fed = tuple(fed)
-        self.elsewhere = elsewhere
-        self._call = CellCall(loader, self.fed)
-        self._call_key = f"{name}-definition"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # On a cluster every input that has tasks is fed by them.
-        fed = tuple(self.upstream)
-        return _layer_elsewhere, (
-            self.name,
-            self.loader.without_readers(fed),
-            self.upstream,
-            fed,
-            self.annotations,
-        )
-
-    def is_materialized(self) -> bool:
-        """Return False: there are no tasks yet."""
-        return False
-
-    def get_output_keys(self) -> set[Any]:
-        """Return the keys of all cells."""
-        return set(self._cell_keys())
-
-    def __len__(self) -> int:
-        return self.loader.grid.num_cells + self.elsewhere
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._cell_keys()
-        if self.elsewhere:
-            yield self._call_key
-
-    def __contains__(self, key: object) -> bool:
-        if isinstance(key, tuple) and key and key[0] == self.name:
-            grid = self.loader.grid.grid_shape
-            return len(key) == len(grid) + 1 and all(
-                isinstance(p, int) and 0 <= p < n for p, n in zip(key[1:], grid, strict=True)
-            )
-        return self.elsewhere and key == self._call_key
-
-    def __getitem__(self, key: Any) -> Task | DataNode:
-        if key not in self:
-            raise KeyError(key)
-        if key == self._call_key:
-            return DataNode(key, self._call)
-        grid = self.loader.grid
-        index = grid.index(key[1:])
-        chunks = [
-            TaskRef((self.upstream[number][0], *self.upstream[number][1].position(tile)))
-            for number, tile in self._call.tiles(index, self._grids())
-        ]
-        if self.elsewhere:
-            # The definition travels once to each worker, not once with each task.
-            return Task(key, _run, TaskRef(self._call_key), index, *chunks)
-        return Task(key, self._call, index, *chunks)
-
-    def cull(
-        self, keys: set[Any], all_hlg_keys: Any
-    ) -> tuple[MaterializedLayer, dict[Any, set[Any]]]:
-        """Return the tasks of the wanted cells and what they depend on."""
-        tasks: dict[Any, Any] = {
-            key: self[key] for key in keys if type(key) is tuple and key[0] == self.name
-        }
-        dependencies: dict[Any, set[Any]] = {
-            key: set(task.dependencies) for key, task in tasks.items()
-        }
-        if self.elsewhere and tasks:
-            tasks[self._call_key] = self[self._call_key]
-            dependencies[self._call_key] = set()
-        return MaterializedLayer(tasks, annotations=self.annotations), dependencies
-
-    def _cell_keys(self) -> Iterator[Any]:
-        return product([self.name], *map(range, self.loader.grid.grid_shape))
-
-    def _grids(self) -> dict[int, CellGrid | IrregularGrid]:
-        return {number: self.upstream[number][1] for number in self.fed}
-
-
-def _layer_elsewhere(
-    name: str,
-    loader: CellLoader,
-    upstream: Mapping[int, tuple[str, CellGrid | IrregularGrid]],
-    fed: Sequence[int],
-    annotations: Mapping[str, Any] | None,
-) -> CellLayer:
-    return CellLayer(name, loader, upstream, fed, elsewhere=True, annotations=annotations)
 
 
 class CellCall:
@@ -307,6 +184,154 @@ def _run(call: CellCall, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
     return call.past_cache(index, *chunks)
 
 
+class Upstream(NamedTuple):
+    """An input whose tiles can be tasks."""
+
+    name: str
+    """First part of the tiles' keys."""
+    grid: CellGrid | IrregularGrid
+    """Where the tiles lie."""
+    is_dask: bool
+    """Whether it is a dask array; else it is another image."""
+
+
+class _Stage(NamedTuple):
+    """One image of a chain, in a layer."""
+
+    loader: CellLoader
+    upstream: Mapping[int, Upstream]
+    call: CellCall
+    call_key: str
+
+
+class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
+    """The tasks of an image's cells, made when they are asked for.
+
+    The layer knows the whole chain of images. Here it makes tasks for the last one, and for
+    those upstream that rest on a dask array; unpickled elsewhere, for all of them.
+
+    Parameters
+    ----------
+    stages : sequence of (str, CellLoader, mapping of int to Upstream)
+        The images, each after its own upstream: the first part of the keys, the loader, and the
+        inputs that are dask arrays or images.
+    elsewhere : bool
+        Whether the tasks run in other processes than the one that defined the image.
+    """
+
+    has_legacy_tasks = False
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[str, CellLoader, Mapping[int, Upstream]]],
+        *,
+        elsewhere: bool = False,
+        annotations: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(annotations=annotations)
+        self._definition = tuple(stages)
+        self._elsewhere = elsewhere
+        fed_by: dict[str, list[int]] = {}
+        for name, _, upstream in stages:
+            fed_by[name] = [
+                number
+                for number, above in upstream.items()
+                if elsewhere or above.is_dask or fed_by[above.name]
+            ]
+        last = stages[-1][0]
+        needed = {last}
+        for name, _, upstream in reversed(stages):
+            if name in needed:
+                needed.update(upstream[number].name for number in fed_by[name])
+        self._stages = {
+            name: _Stage(loader, upstream, CellCall(loader, fed_by[name]), f"{name}-definition")
+            for name, loader, upstream in stages
+            if name in needed
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Elsewhere every input that can have tasks is fed by them.
+        stages = [
+            (name, loader.without_readers(tuple(upstream)), upstream)
+            for name, loader, upstream in self._definition
+        ]
+        return _layer_elsewhere, (stages, self.annotations)
+
+    def is_materialized(self) -> bool:
+        """Return False: there are no tasks yet."""
+        return False
+
+    def get_output_keys(self) -> set[Any]:
+        """Return the keys of all cells."""
+        return set(self)
+
+    def __len__(self) -> int:
+        return sum(stage.loader.grid.num_cells + self._elsewhere for stage in self._stages.values())
+
+    def __iter__(self) -> Iterator[Any]:
+        for name, stage in self._stages.items():
+            yield from product([name], *map(range, stage.loader.grid.grid_shape))
+            if self._elsewhere:
+                yield stage.call_key
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, tuple) and key and key[0] in self._stages:
+            grid = self._stages[key[0]].loader.grid.grid_shape
+            return len(key) == len(grid) + 1 and all(
+                isinstance(p, int) and 0 <= p < n for p, n in zip(key[1:], grid, strict=True)
+            )
+        return self._elsewhere and any(key == stage.call_key for stage in self._stages.values())
+
+    def __getitem__(self, key: Any) -> Task | DataNode:
+        if key not in self:
+            raise KeyError(key)
+        if isinstance(key, tuple):
+            return self._task(key, self._stages[key[0]])
+        call = next(stage.call for stage in self._stages.values() if stage.call_key == key)
+        return DataNode(key, call)
+
+    def cull(
+        self, keys: set[Any], all_hlg_keys: Any
+    ) -> tuple[MaterializedLayer, dict[Any, set[Any]]]:
+        """Return the tasks that the wanted cells need, and what each depends on."""
+        wanted: dict[str, dict[Any, None]] = {name: {} for name in self._stages}
+        for key in keys:
+            if isinstance(key, tuple) and key[0] in wanted:
+                wanted[key[0]][key] = None
+        tasks: dict[Any, Any] = {}
+        # From the last image up, so that a key comes after everything that depends on it.
+        for name in reversed(self._stages):
+            stage = self._stages[name]
+            for key in wanted[name]:
+                task = tasks[key] = self._task(key, stage)
+                for above in task.dependencies:
+                    if isinstance(above, tuple) and above[0] in wanted:
+                        wanted[above[0]][above] = None
+            if self._elsewhere and wanted[name]:
+                tasks[stage.call_key] = DataNode(stage.call_key, stage.call)
+        dependencies = {key: set(task.dependencies) for key, task in tasks.items()}
+        return MaterializedLayer(tasks, annotations=self.annotations), dependencies
+
+    def _task(self, key: Any, stage: _Stage) -> Task:
+        index = stage.loader.grid.index(key[1:])
+        grids = {number: stage.upstream[number].grid for number in stage.call.fed}
+        tiles = [
+            TaskRef((stage.upstream[number].name, *grids[number].position(tile)))
+            for number, tile in stage.call.tiles(index, grids)
+        ]
+        if self._elsewhere:
+            # The definition travels once to each worker, not once with each task.
+            return Task(key, _run, TaskRef(stage.call_key), index, *tiles)
+        return Task(key, stage.call, index, *tiles)
+
+
+def _layer_elsewhere(
+    stages: Sequence[tuple[str, CellLoader, Mapping[int, Upstream]]],
+    annotations: Mapping[str, Any] | None,
+) -> CellLayer:
+    return CellLayer(stages, elsewhere=True, annotations=annotations)
+
+
 def _to_dask_expression(loader: CellLoader, name: str, meta: NDArray[Any]) -> da.Array:
     """Return the image for dask's ``array.query-planning``, which has no symbolic layers.
 
@@ -337,9 +362,7 @@ class _WrittenOut:
 
     def keys(self) -> Any:
         if self._tasks is None:
-            # Without what is only needed where each image's cells are tasks of their own.
-            layer = self._graph.layers[self._name]
-            self._tasks = dict(self._graph.cull(layer.get_output_keys()))
+            self._tasks = dict(self._graph)
         return self._tasks.keys()
 
     def __getitem__(self, key: Any) -> Any:

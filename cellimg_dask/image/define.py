@@ -375,7 +375,9 @@ def _native_cells(item: Input, whole: tuple[int, ...]) -> tuple[int, ...] | None
 
 
 def _dtype_of(array: Any) -> np.dtype[Any]:
-    return np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
+    # tensorstore's own dtypes know their NumPy counterpart.
+    dtype: np.dtype[Any] = np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
+    return dtype
 
 
 def _checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.plan import CellPlan
-from cellimg_dask.state.dirty import bounds_read, cells_meeting, hull
+from cellimg_dask.state.dirty import Region, bounds_read, cells_meeting, hull
 
 if TYPE_CHECKING:
     from cellimg_dask.loading.loader import CellLoader
@@ -59,7 +59,7 @@ class supported:  # noqa: N801 - a context manager, used like a function
     def _load_pillars(self, held: list[NDArray[Any]]) -> None:
         chain = self._loader.ancestry()
         cell = tuple(((a, b),) for a, b in zip(self._plan.start, self._plan.stop, strict=True))
-        needed = {self._loader: [cell]}
+        needed: dict[CellLoader, list[Region]] = {self._loader: [cell]}
         # From the last image up: what each reads of those above it, as bounding boxes.
         for loader in reversed(chain):
             needed[loader] = [hull(needed[loader])]
@@ -74,6 +74,15 @@ class supported:  # noqa: N801 - a context manager, used like a function
         for loader in chain[:-1]:
             if loader.depth % _PILLAR_DISTANCE == 0:
                 cells = cells_meeting(loader.grid, needed[loader][0])
-                loader.crew().run(
-                    cells, lambda index, load=loader.load: held.append(load(index)), len(cells)
-                )
+                loader.crew().run(cells, _Holder(loader, held), len(cells))
+
+
+class _Holder:
+    """Loads cells of one image and holds them."""
+
+    def __init__(self, loader: CellLoader, held: list[NDArray[Any]]) -> None:
+        self._loader = loader
+        self._held = held
+
+    def __call__(self, index: int) -> None:
+        self._held.append(self._loader.load(index))

@@ -92,7 +92,7 @@ class CellLoader:
         self.crew = make_crew
         self.dependents: weakref.WeakSet[CellLoader] = weakref.WeakSet()
         """Loaders of the images that read this one."""
-        self.depth = 1 + max((loader.depth for loader in self.upstream()), default=0)
+        self.depth: int = 1 + max((loader.depth for loader in self.upstream()), default=0)
         """Length of the longest chain of images that ends here."""
         self.edition = 0
         """How often the image was invalidated."""

@@ -49,9 +49,7 @@ def pan() -> Trace:
             dy, dx = random_.choice([(0, 1), (1, 0), (0, -1), (-1, 0)])
         y, x = min(max(y + dy, 0), size - window), min(max(x + dx, 0), size - window)
         asked += [
-            row * size + column
-            for row in range(y, y + window)
-            for column in range(x, x + window)
+            row * size + column for row in range(y, y + window) for column in range(x, x + window)
         ]
     return Trace(asked, _lognormal(size * size, 0.8), capacity=175)
 
