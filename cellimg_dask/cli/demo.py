@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cellimg_dask as ci
-from cellimg_dask.cli.files import SAMPLES, Stored, open_file
+from cellimg_dask.cli.files import SAMPLES, Stored, open_file, reason
 from cellimg_dask.cli.pipeline import LUMINANCE, Pipeline, luminance
 from cellimg_dask.cli.require import require
 
@@ -234,9 +234,7 @@ def _run(task: _Task, out: Path) -> bool:
     try:
         source = stored.read()
     except Exception as error:
-        raise click.ClickException(
-            f"cannot decode {task.label}: {type(error).__name__}: {error}"
-        ) from error
+        raise click.ClickException(f"cannot decode {task.label}: {reason(error)}") from error
     cache = ci.CellCache(ci.get_cache().max_bytes)
     gray: Any = source
     if task.colour is not None:
@@ -262,7 +260,7 @@ def _run(task: _Task, out: Path) -> bool:
     _say("\nRegion", f" [{bounds}] read in {_duration(seconds)}; this took")
     taken = {}
     for image in lazy:
-        count = f"{image.stats().loads:,} of {image.grid.num_cells:,} cells"
+        count = f"{image.stats().loads:,} of {_cells_text(image.grid.num_cells)}"
         _say("", f"  {count} of {_name(image)}")
         taken[f"{_name(image)}: {count}"] = _held(image, view)
 
@@ -390,7 +388,7 @@ def _draw(
     try:
         draw(
             Picture(
-                title=f"{task.label}: {grid.num_cells:,} cells of {_times(task.cells)}",
+                title=f"{task.label}: {_cells_text(grid.num_cells)} of {_times(task.cells)}",
                 image=picture,
                 first=first,
                 second=second,
@@ -432,7 +430,7 @@ def _say_plan(task: _Task, grid: ci.CellGrid) -> None:
         _say("", f"each position along {' and '.join(alone)} is filtered for itself")
     _say(
         "Cells",
-        f"{_times(grid.grid_shape)} = {grid.num_cells:,} cells of {_times(task.cells)}",
+        f"{_times(grid.grid_shape)} = {_cells_text(grid.num_cells)} of {_times(task.cells)}",
     )
     for number, text, sigma in (
         (1, "smooth = a Gaussian, sigma", pipeline.narrow),
@@ -485,6 +483,10 @@ def _say(word: str, text: str) -> None:
 
 def _name(image: ci.CellImg) -> str:
     return image.loader.function.name
+
+
+def _cells_text(count: int) -> str:
+    return f"{count:,} cell{'' if count == 1 else 's'}"
 
 
 def _times(numbers: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from cellimg_dask.cli.require import require
 
-__all__ = ["SAMPLES", "Stored", "open_file"]
+__all__ = ["SAMPLES", "Stored", "open_file", "reason"]
 
 SAMPLES = "s"
 """Name of an axis of colour samples (red, green, blue), as TIFF calls it."""
@@ -72,12 +72,16 @@ def open_file(path: Path) -> Iterator[list[Stored]]:
         except click.ClickException:
             raise
         except Exception as error:
-            raise click.ClickException(
-                f"cannot read {path} as {kind}: {type(error).__name__}: {error}"
-            ) from error
+            raise click.ClickException(f"cannot read {path} as {kind}: {reason(error)}") from error
         if not arrays:
             raise click.ClickException(f"{path} ({kind}) holds no array")
         yield arrays
+
+
+def reason(error: Exception) -> str:
+    """Return what went wrong in words; where a library wrapped the cause, the cause."""
+    root = error.__cause__ or error
+    return f"{type(root).__name__}: {root}"
 
 
 def _kind(path: Path) -> str:

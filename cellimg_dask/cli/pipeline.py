@@ -31,7 +31,7 @@ def smooth(image: NDArray[Any], sigma: Sequence[float]) -> NDArray[np.float32]:
     """Return the image after a Gaussian filter."""
     from scipy import ndimage
 
-    return np.asarray(ndimage.gaussian_filter(image, sigma, output=np.float32))
+    return np.asarray(ndimage.gaussian_filter(image.astype(np.float32, copy=False), sigma))
 
 
 def detail(image: NDArray[np.float32], sigma: Sequence[float]) -> NDArray[np.float32]:

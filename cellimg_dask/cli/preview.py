@@ -110,7 +110,7 @@ def draw(picture: Picture, path: Path) -> None:
         shown = show(axis, data, title, cmap="PuOr", vmin=-bound, vmax=bound)
         _draw_grid(axis, picture, extent, "#c5cdd5")
     # Inside the last panel, which is empty when all is well.
-    scale = axes[1, 2].inset_axes((0.12, 0.12, 0.76, 0.035))
+    scale = axes[1, 2].inset_axes((0.12, 0.2, 0.76, 0.035))
     bar = figure.colorbar(shown, cax=scale, orientation="horizontal", extend="both")
     bar.set_label("cell by cell − whole image", color=_INK, fontsize=10.5)
     figure.savefig(path, dpi=100)

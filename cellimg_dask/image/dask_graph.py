@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from operator import mul
 from typing import Any, NamedTuple
 
 import dask.array as da
@@ -313,7 +314,8 @@ class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
         return MaterializedLayer(tasks, annotations=self.annotations), dependencies
 
     def _task(self, key: Any, stage: _Stage) -> Task:
-        index = stage.loader.grid.index(key[1:])
+        # The key is known to be a cell's, so this need not be checked again.
+        index = sum(map(mul, key[1:], stage.loader.grid.strides))
         grids = {number: stage.upstream[number].grid for number in stage.call.fed}
         tiles = [
             TaskRef((stage.upstream[number].name, *grids[number].position(tile)))

@@ -127,8 +127,17 @@ def test_another_dtype(function: Function, dtype: str, image: NDArray[Any], data
 
 @pytest.mark.parametrize(
     ("given_back", "declared"),
-    [("u1", "u2"), ("u1", "i2"), ("?", "u1"), ("f4", "f8"), ("f8", "c16"), ("i4", "f8")]
-    + [(">u2", "u2"), (">f4", "f8"), ("i2", ">i4")],
+    [
+        ("u1", "u2"),
+        ("u1", "i2"),
+        ("?", "u1"),
+        ("f4", "f8"),
+        ("f8", "c16"),
+        ("i4", "f8"),
+        (">u2", "u2"),
+        (">f4", "f8"),
+        ("i2", ">i4"),
+    ],
 )
 def test_a_result_is_cast_where_the_dtype_holds_it(given_back: str, declared: str) -> None:
     image = np.arange(12).reshape(3, 4)

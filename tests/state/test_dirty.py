@@ -34,6 +34,8 @@ def voxels_read(
 ) -> np.ndarray:
     """Return the flat numbers of the voxels that a box reads, which may leave the image."""
     numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    if not shape:
+        return numbers.ravel()
     if boundary == "none":
         box = tuple(
             slice(min(max(a, 0), n), min(max(b, 0), n))
@@ -303,7 +305,9 @@ def broadcasts(draw: st.DrawFn) -> tuple[Stage, Stage]:
         for axis, n in enumerate(small):
             stretched = n == 1 != shape[axis + skip]
             a, b = (0, 1) if stretched else (low[axis + skip], high[axis + skip])
-            before, after = (0, 0) if own is None and stretched else (own or halo[skip:])[axis]
+            before, after = (halo[skip:] if own is None else own)[axis]
+            if own is None and stretched:
+                before = after = 0
             start.append(a - before)
             stop.append(b + after)
         reads.append(voxels_read(small, start, stop, boundary))
@@ -428,11 +432,7 @@ def test_diamonds_drop_what_the_oracle_says(data):
 def test_an_image_is_notified_once_for_each_of_many_ways_to_it():
     """Ten diamonds in a row have 2^10 ways from end to end; the work grows with the images."""
     calls: list[int] = []
-
-    class Counting(ci.CellCache):
-        """Nothing of its own; the shelves are counted below."""
-
-    cache = Counting(1 << 22)
+    cache = ci.CellCache(1 << 22)
     first = image = make_source((32,), (4,), cache).img
     images = [image]
     for _ in range(10):
