@@ -20,6 +20,7 @@ MODULES = {
     "warm_many": "reading",
     "first_read": "reading",
     "graph": "graphs",
+    "graph_of_array": "graphs",
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks.harness import MeasurementError, machine
-from benchmarks.lab import Lab, Line
+from benchmarks.lab import Lab, Line, number
 from benchmarks.rows import ROWS
 
 
@@ -55,8 +55,8 @@ def table(lines: Sequence[Line], *, judged: bool) -> str:
             [
                 line.row if line.row != before else "",
                 line.what,
-                f"{number(line.median)} {line.unit}".rstrip(),
-                f"{number(min(line.values))} – {number(max(line.values))}",
+                f"{number(line.median)} {line.unit}".rstrip() if line.values else "",
+                f"{number(min(line.values))} – {number(max(line.values))}" if line.values else "",
                 "" if line.goal is None else f"≤ {number(line.goal)}",
                 _verdict(line, judged=judged),
             ]
@@ -75,13 +75,6 @@ def _verdict(line: Line, *, judged: bool) -> str:
     if not judged:
         return "not judged"
     return "reached" if line.reached else "not reached"
-
-
-def number(value: float) -> str:
-    """Return three digits, or all of those before the point."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -122,6 +115,7 @@ def _as_json(lines: Sequence[Line], facts: dict[str, object]) -> dict[str, objec
                 "reached": line.reached,
             }
             for line in lines
+            if line.values
         ],
     }
 

@@ -16,6 +16,7 @@ from distributed.utils import nbytes
 
 import cellimg_dask as ci
 from benchmarks import inputs, peers
+from benchmarks.harness import MIB
 
 
 def graph(method: str, grid_shape: list[int], times: int) -> dict[str, Any]:
@@ -50,6 +51,21 @@ def graph(method: str, grid_shape: list[int], times: int) -> dict[str, Any]:
     block = lazy[(slice(0, edge),) * 3].compute(scheduler="sync")
     assert np.array_equal(block, source[(slice(0, edge),) * 3])
     return result
+
+
+def graph_of_array(size: int) -> dict[str, Any]:
+    """Build the dask array of an image that reads memory: keys then depend on all the data."""
+    ci.map_cells(inputs.copy, inputs.noise(32), dtype=np.float32, cell_shape=16).to_dask()
+    image = inputs.noise(size)
+    began = perf_counter()
+    ci.map_cells(inputs.copy, image, dtype=np.float32, cell_shape=64).to_dask()
+    ended = perf_counter()
+    da.from_array(image, chunks=64)
+    return {
+        "mib": image.nbytes / MIB,
+        "build_ms": 1e3 * (ended - began),
+        "from_array_ms": 1e3 * (perf_counter() - ended),
+    }
 
 
 def _tasks(lazy: da.Array) -> int:

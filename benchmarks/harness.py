@@ -16,6 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CORES = 2
+"""Threads of every run."""
+HALO = 8
+"""Of the whole runs; voxels on each side."""
 TIMEOUT_S = 600
 MIB = 1 << 20
 

@@ -28,7 +28,7 @@ class Line:
     unit: str
     """Unit of the values."""
     values: Sequence[float]
-    """One per repetition."""
+    """One per repetition; none: the line is a remark."""
     goal: float | None = None
     """The median should not be above this."""
 
@@ -139,3 +139,10 @@ def column(results: list[dict[str, Any]], name: str) -> list[float]:
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """Return the quotients of values that were measured in the same round."""
     return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def number(value: float) -> str:
+    """Return three digits, or all of those before the point."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"

@@ -9,7 +9,7 @@ import numpy as np
 
 import cellimg_dask as ci
 from benchmarks import inputs
-from benchmarks.harness import typical_seconds
+from benchmarks.harness import HALO, typical_seconds
 
 
 def warm_plane(size: int, cell: int, dtype: str, times: int) -> dict[str, Any]:
@@ -120,10 +120,10 @@ def _first_read(method: str, cells_per_axis: int, cell: int) -> dict[str, Any]:
 
 
 def _map_cells(source: Any, cell: int) -> Any:
-    return ci.map_cells(inputs.copy, source, halo=inputs.HALO, dtype=np.uint8, cell_shape=cell)
+    return ci.map_cells(inputs.copy, source, halo=HALO, dtype=np.uint8, cell_shape=cell)
 
 
 def _map_overlap(source: Any, cell: int) -> Any:
     from benchmarks import peers
 
-    return peers.overlapped(peers.chunked(source, cell), inputs.copy, inputs.HALO)
+    return peers.overlapped(peers.chunked(source, cell), inputs.copy, HALO)

@@ -15,7 +15,7 @@ import numpy as np
 import cellimg_dask as ci
 from benchmarks import inputs
 from benchmarks.bare import bare_loop
-from benchmarks.harness import MIB, memory_now, memory_peak, typical_seconds
+from benchmarks.harness import HALO, MIB, memory_now, memory_peak, typical_seconds
 
 
 def run(method: str, function: str, cell: int, size: int, **where: Any) -> dict[str, Any]:
@@ -58,17 +58,17 @@ def _source(name: str, size: int, folder: str | None) -> Any:
 
 
 def _bare(source: Any, f: Callable[..., Any], cell: int) -> np.ndarray:
-    return bare_loop(source, f, cell, inputs.HALO, np.empty(source.shape, source.dtype))
+    return bare_loop(source, f, cell, HALO, np.empty(source.shape, source.dtype))
 
 
 def _cells(source: Any, f: Callable[..., Any], cell: int) -> np.ndarray:
     # Past the cell cache; the chunks of a store are still decoded once, within the shared bound.
-    img = ci.map_cells(f, source, halo=inputs.HALO, dtype=source.dtype, cell_shape=cell, cache=None)
+    img = ci.map_cells(f, source, halo=HALO, dtype=source.dtype, cell_shape=cell, cache=None)
     return np.asarray(img)
 
 
 def _cells_kept(source: Any, f: Callable[..., Any], cell: int) -> np.ndarray:
-    img = ci.map_cells(f, source, halo=inputs.HALO, dtype=source.dtype, cell_shape=cell)
+    img = ci.map_cells(f, source, halo=HALO, dtype=source.dtype, cell_shape=cell)
     return np.asarray(img)
 
 
@@ -79,7 +79,7 @@ def _map_overlap(source: Any, f: Callable[..., Any], cell: int) -> np.ndarray:
         lazy = peers.chunked(source, cell)
     else:
         lazy = peers.from_zarr(source)
-    return peers.computed(peers.overlapped(lazy, f, inputs.HALO))
+    return peers.computed(peers.overlapped(lazy, f, HALO))
 
 
 METHODS = {

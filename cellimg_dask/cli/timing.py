@@ -35,7 +35,7 @@ def compare(
     cells: tuple[int, ...],
     reference: NDArray[np.float32],
     *,
-    enough_seconds: float = 4.0,
+    enough_seconds: float = 2.0,
 ) -> list[Timing]:
     """Time three ways from an array in memory to one in memory, taking turns.
 

@@ -10,11 +10,13 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import skimage
+import tifffile
 import zarr
 from scipy import ndimage
 
 import cellimg_dask as ci
 from cellimg_dask.cli.pipeline import Pipeline
+from cellimg_dask.cli.timing import Timing
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -250,11 +252,10 @@ def test_a_cell_must_be_a_positive_integer(run, cell):
 
 
 def test_a_damaged_chunk_is_an_error_that_names_the_cell(run, files):
-    chunk = next(file for file in files["ome.zarr"].glob("full/c/*/*/*") if file.is_file())
-    chunk.write_bytes(b"not zstd")
+    (files["ome.zarr"] / "full/c/0/0/0").write_bytes(b"not zstd")
     done = run("demo", files["ome.zarr"], "--cell", 16)
     assert done.exit_code == 1
-    assert "smooth at cell (0, 0, 0)" in done.output
+    assert re.search(r"Error: smooth at cell \(0, \d, \d\) \[", done.output)
     assert "reading input 0" in done.output
 
 
@@ -271,8 +272,8 @@ def test_the_picture_leaves_pyplot_alone(run, files, monkeypatch):
     assert run("demo", files["gray.png"], "--cell", 16).exit_code == 0
 
 
-def test_the_real_volume(run, shared_data):
-    tifffile = pytest.importorskip("tifffile")
+def test_the_real_volume(run, shared_data, monkeypatch):
+    monkeypatch.setattr("cellimg_dask.cli.timing.compare", lambda *args: [Timing("-", 1.0, 1)])
     done = run("demo", shared_data / "brain_signal.tif", "--cell", 128)
     assert done.exit_code == 0, done.output
     volume = tifffile.imread(shared_data / "brain_signal.tif")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cellimg_dask as ci
-from cellimg_dask.loading.crew import Crew, get_crew, usable_cores
+from cellimg_dask.loading.crew import Crew, _Job, get_crew, usable_cores
 from cellimg_dask.state.flights import Flight, current_flight, inside
 
 PATIENCE_S = 30
@@ -117,42 +117,26 @@ def test_an_error_stops_an_endless_job_and_is_raised_once(make_crew, num_threads
     assert sorted(done) == list(range(9)), "and the crew works on"
 
 
-def test_of_several_errors_the_first_is_raised(make_crew):
+def test_of_several_errors_the_first_is_raised(make_crew, monkeypatch):
     both = threading.Barrier(2)
-    first_raised = threading.Event()
+    recorded = threading.Event()
+    fail = _Job._fail
 
-    class Slow(LookupError):
-        pass
+    def recording(job: _Job, error: BaseException) -> None:
+        fail(job, error)
+        recorded.set()
 
-    crew = make_crew(2)
+    monkeypatch.setattr(_Job, "_fail", recording)
 
     def work(item: int) -> None:
         both.wait(PATIENCE_S)
         if item == 0:
             raise LookupError("first")
-        while not job_has_error():
-            first_raised.wait(0.001)
-        raise Slow("second")
+        assert recorded.wait(PATIENCE_S)
+        raise LookupError("second")
 
-    def job_has_error() -> bool:
-        return any(job.error is not None for job in jobs)
-
-    # The job is looked at from outside, so that the order of the two is certain.
-    from cellimg_dask.loading import crew as module
-
-    jobs: list[module._Job] = []
-    original = module._Job.__init__
-
-    def remember(self: module._Job, *args: object) -> None:
-        original(self, *args)  # type: ignore[arg-type]
-        jobs.append(self)
-
-    module._Job.__init__ = remember  # type: ignore[assignment]
-    try:
-        with pytest.raises(LookupError, match="first"):
-            crew.run(range(2), work, 2)
-    finally:
-        module._Job.__init__ = original
+    with pytest.raises(LookupError, match="first"):
+        make_crew(2).run(range(2), work, 2)
 
 
 def test_an_error_waits_for_what_is_running(make_crew):
