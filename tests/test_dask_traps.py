@@ -188,6 +188,11 @@ def test_after_a_change_of_axes_the_trim_is_wrong_without_a_word():
     assert img.shape == (8, 12)
     np.testing.assert_array_equal(img[...], np.stack([image] * 8))
     np.testing.assert_array_equal(img.compute(), np.stack([image] * 8))
+    behind = ci.map_cells(
+        lambda a: np.stack([a] * 8, -1), image, dtype=int, halo=2, cell_shape=6, new_axis={-1: 8}
+    )
+    assert behind.shape == (12, 8)
+    np.testing.assert_array_equal(behind[...], np.stack([image] * 8, -1))
 
     volume = np.arange(4 * 12 * 5).reshape(4, 12, 5)
     maximum = ci.map_cells(

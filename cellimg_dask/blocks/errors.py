@@ -2,13 +2,17 @@
 
 Bad arguments are refused with the builtin that NumPy would raise (`TypeError`, `ValueError`,
 `IndexError`). The classes here are for failures of a running computation; each is a
-`CellimgError` and also a builtin. All of them survive pickling, cause included.
+`CellimgError` and also a builtin. All of them survive pickling, with their cause, or what it says
+where the cause itself does not.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
+
+import cloudpickle
 
 from cellimg_dask.geometry import Roi
 
@@ -18,20 +22,19 @@ __all__ = ["BlockError", "CellimgError", "CycleError", "InitError", "ReadError",
 class CellimgError(Exception):
     """Base of the errors of a running computation."""
 
+    def _fields(self) -> tuple[Any, ...]:
+        return self.args
 
-def _rebuild(
-    cls: type[CellError], fields: tuple[Any, ...], cause: BaseException | None
-) -> CellError:
-    error = cls(*fields)
-    error.__cause__ = cause
-    return error
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _rebuild, (type(self), self._fields(), *_packed(self.__cause__))
 
 
 class CellError(CellimgError):
     """An error that belongs to one cell of one image."""
 
     def __init__(self, function: str, position: tuple[int, ...], roi: Roi, detail: str) -> None:
-        super().__init__(function, position, roi, detail)
+        region = ", ".join(f"{low}:{high}" for low, high in zip(roi.start, roi.stop, strict=True))
+        super().__init__(f"{function} at cell {position} [{region}]: {detail}")
         self.function = function
         """Name of the block function."""
         self.position = position
@@ -41,18 +44,39 @@ class CellError(CellimgError):
         self.detail = detail
         """What went wrong."""
 
-    def __str__(self) -> str:
-        region = ", ".join(
-            f"{low}:{high}" for low, high in zip(self.roi.start, self.roi.stop, strict=True)
-        )
-        return f"{self.function} at cell {self.position} [{region}]: {self.detail}"
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _rebuild, (type(self), self.args, self.__cause__)
+    def _fields(self) -> tuple[Any, ...]:
+        return self.function, self.position, self.roi, self.detail
 
     def again(self) -> CellError:
         """Return an equal error of its own, so that each waiting thread raises another object."""
-        return _rebuild(type(self), self.args, self.__cause__)
+        error = type(self)(*self._fields())
+        error.__cause__ = self.__cause__
+        return error
+
+
+def _packed(cause: BaseException | None) -> tuple[bytes | None, str]:
+    """Return a cause as bytes, and as text for where these cannot be read."""
+    if cause is None:
+        return None, ""
+    text = f"{type(cause).__name__}: {cause}"
+    try:
+        # An exception's class may live in a notebook, which plain pickle does not send.
+        return cloudpickle.dumps(cause), text
+    except Exception:
+        return b"", text
+
+
+def _rebuild(
+    cls: type[CellimgError], fields: tuple[Any, ...], cause: bytes | None, text: str
+) -> CellimgError:
+    error = cls(*fields)
+    if cause is not None:
+        try:
+            error.__cause__ = pickle.loads(cause)
+        except Exception:
+            # Many exceptions cannot be made anew from their arguments. The text can.
+            error.__cause__ = CellimgError(text)
+    return error
 
 
 class BlockError(CellError, RuntimeError):

@@ -211,11 +211,13 @@ class BlockCode:
     def __call__(self, block: Block) -> None:
         """Run the code on ``block``."""
         namespace = self._namespace()
+        # The code may read an image that the same code fills, on this very thread.
+        outer = namespace.get("block")
         namespace["block"] = block
         try:
             exec(self._compiled, namespace)
         finally:
-            namespace.pop("block", None)
+            namespace["block"] = outer
 
     def _namespace(self) -> dict[str, Any]:
         spaces: dict[tuple[str, str | None], dict[str, Any]] | None

@@ -20,10 +20,13 @@ from cellimg_dask.geometry import (
     check_boundary,
 )
 
-__all__ = ["AxisLink", "AxisPiece", "Box", "CellPlan", "InputPlan", "Planner"]
+__all__ = ["AxisLink", "AxisPiece", "Box", "CellPlan", "InputPlan", "Planner", "Region"]
 
 Box: TypeAlias = tuple[slice, ...]
 """Slices of step 1 with explicit bounds, one per axis of an input."""
+
+Region: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
+"""Per axis some half-open intervals; the region is their product."""
 
 _REMEMBERED_PIECES = 1 << 16
 
@@ -77,6 +80,20 @@ class InputPlan:
         else:
             low, high = start * link.factor, min(stop * link.factor, extent)
         return low - self.halo.before[axis], high + self.halo.after[axis]
+
+    def region_under(self, region: Region) -> Region | None:
+        """Return what lies under a region of the output, without halo; None: not known."""
+        if self.links is None:
+            return None
+        return tuple(
+            ((0, extent),)
+            if link.axis is None
+            else tuple(
+                (low * link.factor, min(high * link.factor, extent))
+                for low, high in region[link.axis]
+            )
+            for link, extent in zip(self.links, self.shape, strict=True)
+        )
 
     def window(self, axis: int, start: int, stop: int) -> AxisWindow:
         """Plan one axis of the input for cell bounds as in `interval`."""

@@ -7,6 +7,7 @@ and where each goes. The six modes mean what `numpy.pad` means by them, at any w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def check_boundary(name: Any) -> str:
         )
     elif name is None:
         hint = "; dask's None is 'none' here"
-    elif isinstance(name, (int, float)):
+    elif isinstance(name, Number):
         hint = f"; for a constant border say boundary='constant', fill_value={name!r}"
     raise ValueError(f"unknown boundary {name!r}; use one of {', '.join(BOUNDARIES)}{hint}")
 

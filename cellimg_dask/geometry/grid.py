@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -97,7 +97,7 @@ class CellGrid:
             for n, c in zip(self.shape, self.cell_shape, strict=True)
         )
 
-    def cell(self, where: SupportsIndex | Sequence[SupportsIndex]) -> Cell:
+    def cell(self, where: SupportsIndex | Iterable[SupportsIndex]) -> Cell:
         """Return a cell by flat index or by position.
 
         Raises
@@ -105,11 +105,12 @@ class CellGrid:
         IndexError
             If there is no such cell; negative numbers are not accepted.
         """
-        index = self.index(where) if isinstance(where, Sequence) else self._check_index(where)
+        several = isinstance(where, Iterable) and getattr(where, "ndim", 1) != 0
+        index = self.index(where) if several else self._check_index(where)  # type: ignore[arg-type]
         position = self.position(index)
         return Cell(index, position, self.roi(position))
 
-    def index(self, position: Sequence[SupportsIndex]) -> int:
+    def index(self, position: Iterable[SupportsIndex]) -> int:
         """Return the flat index of a position, as ``numpy.ravel_multi_index`` in C order.
 
         Raises

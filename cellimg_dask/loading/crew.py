@@ -77,7 +77,13 @@ class Crew:
             return
         with self.working():
             job = _Job(items, work)
-            helpers = [self._submit(job) for _ in range(self._hire(count - 1))]
+            helpers = []
+            for _ in range(self._hire(count - 1)):
+                try:
+                    helpers.append(self._submit(job))
+                except RuntimeError:
+                    # The interpreter is shutting down and starts no more threads.
+                    self._dismiss()
             try:
                 job.drain()
             finally:

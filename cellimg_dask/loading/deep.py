@@ -2,7 +2,8 @@
 
 A cell is computed by a few nested calls for each image of its chain. Past a certain length the
 cells of some images on the way, the pillars, are loaded first, lowest image first, and held
-until the cell is done; so no call nests deeper than the distance between two pillars.
+until the cell is done; so no call nests deeper than the distance between two pillars. Only cells
+that would be loaded anyhow are: nothing is rounded up, and what is held needs nothing above it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.plan import CellPlan
-from cellimg_dask.state.dirty import Region, bounds_read, cells_meeting, hull
+from cellimg_dask.geometry import tiles
 
 if TYPE_CHECKING:
     from cellimg_dask.loading.loader import CellLoader
@@ -25,7 +26,8 @@ _PILLAR_DISTANCE = 20
 
 
 class _Mine(threading.local):
-    supported = False
+    def __init__(self) -> None:
+        self.chains: list[set[CellLoader]] = []
 
 
 _mine = _Mine()
@@ -42,42 +44,44 @@ class supported:  # noqa: N801 - a context manager, used like a function
         self._held: list[NDArray[Any]] | None = None
 
     def __enter__(self) -> None:
-        if self._loader.depth > _PILLAR_DISTANCE and not _mine.supported:
-            _mine.supported = True
-            self._held = []
-            try:
-                self._load_pillars(self._held)
-            except BaseException:
-                _mine.supported = False
-                raise
+        loader = self._loader
+        if loader.depth <= _PILLAR_DISTANCE or any(loader in chain for chain in _mine.chains):
+            return
+        chain = loader.ancestry()
+        _mine.chains.append(set(chain))
+        self._held = []
+        try:
+            self._load_pillars(chain, self._held)
+        except BaseException:
+            _mine.chains.pop()
+            raise
 
     def __exit__(self, *exc: object) -> None:
         if self._held is not None:
-            _mine.supported = False
+            _mine.chains.pop()
             self._held = None
 
-    def _load_pillars(self, held: list[NDArray[Any]]) -> None:
-        chain = self._loader.ancestry()
-        cell = tuple(((a, b),) for a, b in zip(self._plan.start, self._plan.stop, strict=True))
-        needed: dict[CellLoader, list[Region]] = {self._loader: [cell]}
-        # From the last image up: what each reads of those above it, as bounding boxes.
-        for loader in reversed(chain):
-            needed[loader] = [hull(needed[loader])]
-            cells = cells_meeting(loader.grid, needed[loader][0])
-            for number, reader in enumerate(loader.readers):
-                above: CellLoader | None = getattr(reader, "loader", None)
-                if above is not None:
-                    bounds = bounds_read(loader.planner, number, cells) or tuple(
-                        (0, extent) for extent in reader.shape
-                    )
-                    needed.setdefault(above, []).append(tuple((pair,) for pair in bounds))
+    def _load_pillars(self, chain: list[CellLoader], held: list[NDArray[Any]]) -> None:
+        needed: dict[CellLoader, set[int]] = {loader: set() for loader in chain}
+        _add_reads(self._loader, self._plan, needed)
+        # From the last image up: which cells are missing, and what each of them reads.
+        for loader in reversed(chain[:-1]):
+            missing = set()
+            for index in needed[loader]:
+                value = loader.shelf.peek(index)
+                if value is None:
+                    missing.add(index)
+                    _add_reads(loader, loader.plan(index), needed)
+                else:
+                    held.append(value)
+            needed[loader] = missing
         for loader in chain[:-1]:
             if loader.depth % _PILLAR_DISTANCE == 0:
-                cells = cells_meeting(loader.grid, needed[loader][0])
-                loader.crew().run(cells, _Holder(loader, held), len(cells))
+                load = _Load(loader, held)
+                loader.crew().run(sorted(needed[loader]), load, len(needed[loader]))
 
 
-class _Holder:
+class _Load:
     """Loads cells of one image and holds them."""
 
     def __init__(self, loader: CellLoader, held: list[NDArray[Any]]) -> None:
@@ -86,3 +90,13 @@ class _Holder:
 
     def __call__(self, index: int) -> None:
         self._held.append(self._loader.load(index))
+
+
+def _add_reads(loader: CellLoader, plan: CellPlan, needed: dict[CellLoader, set[int]]) -> None:
+    """Add the cells of other images that a cell reads."""
+    for number, reader in enumerate(loader.readers):
+        above: CellLoader | None = getattr(reader, "loader", None)
+        if above is not None:
+            for box in plan.boxes(number):
+                _, parts = tiles(above.grid, [b.start for b in box], [b.stop for b in box])
+                needed[above].update(index for index, _, _ in parts)

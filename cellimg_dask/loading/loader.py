@@ -6,8 +6,10 @@ batch runs and the server. Plan, read the inputs, call, check, publish.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from heapq import heappop, heappush
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.errors import CellimgError, CycleError, ReadError
 from cellimg_dask.blocks.functions import BlockFunction
-from cellimg_dask.blocks.plan import CellPlan, Planner
+from cellimg_dask.blocks.plan import Box, CellPlan, Planner
 from cellimg_dask.geometry import CellGrid, Roi, tiles
 from cellimg_dask.loading.crew import Crew, get_crew
 from cellimg_dask.loading.deep import supported
@@ -32,9 +34,7 @@ from cellimg_dask.state.cache import CellCache, Shelf
 from cellimg_dask.state.dirty import (
     CellProduct,
     CellTest,
-    Region,
     affected_cells,
-    bounds_read,
     cells_meeting,
     merge_regions,
     region_of,
@@ -90,8 +90,8 @@ class CellLoader:
         self.params = dict(params)
         self.shelf: Shelf = cache.shelf(self)
         self.crew = make_crew
-        self.dependents: weakref.WeakSet[CellLoader] = weakref.WeakSet()
-        """Loaders of the images that read this one."""
+        self._dependents: weakref.WeakSet[CellLoader] = weakref.WeakSet()
+        self._dependents_lock = threading.Lock()
         self.depth: int = 1 + max((loader.depth for loader in self.upstream()), default=0)
         """Length of the longest chain of images that ends here."""
         self.edition = 0
@@ -100,7 +100,7 @@ class CellLoader:
         """The edition for which dask's name was made, and that name."""
         for reader in self.readers:
             if isinstance(reader, ImageReader):
-                reader.loader.dependents.add(self)
+                reader.loader._add_dependent(self)
 
     @property
     def grid(self) -> CellGrid:
@@ -190,51 +190,70 @@ class CellLoader:
         self.crew().run((index for index, _, _ in parts), self.load, count)
 
     def invalidate(self, roi: Roi) -> None:
-        """Forget the cells of the region, and whatever was made from it downstream.
+        """Forget the cells that read a voxel of the region, and what was made from them.
 
-        Safe at any time. Decoded chunks that the cells read are forgotten too. Upstream comes
-        first: a load that begins meanwhile downstream is forgotten again when its turn comes.
+        Safe at any time. The decoded chunks of the region are forgotten too. Images come in
+        the order of the chain: a load downstream that begins meanwhile and still reads an old
+        cell is forgotten when its image's turn comes, and an image that is defined meanwhile is
+        found because only then the images downstream are listed.
         """
+        if roi.size == 0:
+            return
         region = region_of(roi)
-        cells: CellProduct | CellTest = cells_meeting(self.grid, region)
+        cells: list[CellProduct | CellTest] = [cells_meeting(self.grid, region)]
         for number, reader in enumerate(self.readers):
+            source = self.planner.inputs[number].region_under(region)
             if isinstance(reader, ChunkedReader):
-                reader.forget(bounds_read(self.planner, number, cells))
-        self.shelf.invalidate(cells)
-        self.edition += 1
-        changed: dict[CellLoader, list[Region]] = {self: [region]}
-        for loader in self._downstream():
-            changed[loader] = []
+                reader.forget(source)
+            if source is not None:
+                cells.append(affected_cells(self.planner, number, source))
+        # What changed of each image, in the order of the longest way from the first.
+        waiting: list[tuple[int, int, CellLoader]] = [(self.depth, 0, self)]
+        reached: dict[CellLoader, list[CellProduct | CellTest]] = {self: cells}
+        while waiting:
+            _, _, loader = heappop(waiting)
             loader.edition += 1
-            for number, reader in enumerate(loader.readers):
-                if isinstance(reader, ImageReader) and reader.loader in changed:
-                    for part in changed[reader.loader]:
-                        cells = affected_cells(loader.planner, number, part)
-                        loader.shelf.invalidate(cells)
-                        changed[loader].append(touched_region(cells))
-            changed[loader] = merge_regions(changed[loader])
+            for part in reached[loader]:
+                loader.shelf.invalidate(part)
+            changed = merge_regions([touched_region(part) for part in reached[loader]])
+            for below in loader.dependents:
+                if below not in reached:
+                    reached[below] = []
+                    heappush(waiting, (below.depth, len(reached), below))
+                for number, reader in enumerate(below.readers):
+                    if isinstance(reader, ImageReader) and reader.loader is loader:
+                        reached[below] += [
+                            affected_cells(below.planner, number, part) for part in changed
+                        ]
 
-    def _downstream(self) -> list[CellLoader]:
-        """Return the loaders that read from this one, directly or not, in topological order."""
-        order: list[CellLoader] = []
-        seen: set[CellLoader] = {self}
-        # Depth first without recursion: chains may be deeper than Python's stack.
-        stack = [iter(list(self.dependents))]
-        path: list[CellLoader] = [self]
-        while stack:
-            below = next(stack[-1], None)
-            if below is None:
-                stack.pop()
-                order.append(path.pop())
-            elif below not in seen:
-                seen.add(below)
-                path.append(below)
-                stack.append(iter(list(below.dependents)))
-        return order[-2::-1]
+    @property
+    def dependents(self) -> list[CellLoader]:
+        """Loaders of the images that read this one."""
+        with self._dependents_lock:
+            return list(self._dependents)
+
+    def _add_dependent(self, loader: CellLoader) -> None:
+        with self._dependents_lock:
+            self._dependents.add(loader)
+
+    def plan(self, index: int) -> CellPlan:
+        """Return the plan of a cell; an index map that fails is a `ReadError`."""
+        try:
+            return self.planner.plan(index)
+        except CellimgError:
+            raise
+        except Exception as error:
+            position = self.grid.position(index)
+            raise ReadError(
+                self.function.name,
+                position,
+                self.grid.roi(position),
+                f"planning what to read failed: {type(error).__name__}: {error}",
+            ) from error
 
     def compute_owned(self, index: int, readers: Sequence[Reader] | None = None) -> NDArray[Any]:
         """Compute a cell, past the cache, into an array that nobody else holds."""
-        plan = self.planner.plan(index)
+        plan = self.plan(index)
         with supported(self, plan):
             result = self._compute(plan, self.readers if readers is None else readers, None)
         if self.function.fresh:
@@ -270,7 +289,7 @@ class CellLoader:
         flight = Flight(self.shelf, index)
         if flight.begun_by_itself():
             raise self._cycle(index)
-        plan = self.planner.plan(index)
+        plan = self.plan(index)
         began = perf_counter()
         try:
             with inside(flight), supported(self, plan):
@@ -295,7 +314,7 @@ class CellLoader:
                 self.function.name,
                 plan.position,
                 plan.roi,
-                f"reading input {number} ({plan.boxes(number)[:1]}) failed: "
+                f"reading {', '.join(map(_text, plan.boxes(number)))} of input {number} failed: "
                 f"{type(error).__name__}: {error}",
             ) from error
 
@@ -331,6 +350,10 @@ class CellLoader:
             "the cell needs itself: the block function, or an input, reads this image or one "
             "made from it",
         )
+
+
+def _text(box: Box) -> str:
+    return f"[{', '.join(f'{part.start}:{part.stop}' for part in box)}]"
 
 
 class ImageReader(TiledReader):

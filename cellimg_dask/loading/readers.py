@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.plan import Box
+from cellimg_dask.blocks.plan import Box, Region
 from cellimg_dask.geometry import AxisWindow, CellGrid, IrregularGrid, TileGrid, tiles
-
-if TYPE_CHECKING:
-    from cellimg_dask.state.cache import CellCache
+from cellimg_dask.state.cache import CellCache
+from cellimg_dask.state.dirty import cells_meeting
 
 __all__ = [
     "AbsentReader",
@@ -195,14 +194,9 @@ class ChunkedReader(TiledReader):
         shelf = self.shelf
         super().__init__(grid, dtype, lambda index: shelf.get(index, decode))
 
-    def forget(self, bounds: Sequence[tuple[int, int]] | None) -> None:
-        """Decode again what meets the bounds, per axis; None: everything."""
-        if bounds is None:
-            self.shelf.invalidate(None)
-            return
-        low, high = [a for a, _ in bounds], [b for _, b in bounds]
-        _, parts = tiles(self.grid, low, high)
-        self.shelf.invalidate({index for index, _, _ in parts})
+    def forget(self, region: Region | None) -> None:
+        """Decode again what meets the region; None: everything."""
+        self.shelf.invalidate(None if region is None else cells_meeting(self.grid, region))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return make_reader, (self.array, self.shelf.cache)

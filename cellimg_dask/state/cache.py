@@ -374,15 +374,15 @@ class Shelf:
         """
         cache = self.cache
         with cache._lock:
-            for table in (self._entries, self._flights, self._living):
-                if indices is None:
-                    hit = list(table)
-                elif len(indices) < len(table):
-                    hit = [index for index in indices if index in table]
-                else:
-                    hit = [index for index in list(table) if index in indices]
-                for index in hit:
-                    self._forget(index)
+            known = self._entries.keys() | self._flights.keys() | self._living.keys()
+        # Membership may be the user's code (an index map), so no lock is held meanwhile. What
+        # begins after the lock was released reads what is new.
+        if indices is not None:
+            few = len(indices) < len(known)
+            known = known.intersection(indices) if few else {i for i in known if i in indices}
+        with cache._lock:
+            for index in known:
+                self._forget(index)
             cache._compact()
 
     def held(self) -> list[int]:

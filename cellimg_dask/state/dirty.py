@@ -11,15 +11,13 @@ from itertools import product
 from math import prod
 from typing import TypeAlias
 
-from cellimg_dask.blocks.plan import InputPlan, Planner
-from cellimg_dask.geometry import AxisWindow, CellGrid, Roi
+from cellimg_dask.blocks.plan import InputPlan, Planner, Region
+from cellimg_dask.geometry import AxisWindow, CellGrid, Roi, TileGrid
 
 __all__ = [
     "CellProduct",
     "CellTest",
-    "Region",
     "affected_cells",
-    "bounds_read",
     "cells_meeting",
     "hull",
     "merge_regions",
@@ -28,14 +26,12 @@ __all__ = [
 ]
 
 Interval: TypeAlias = tuple[int, int]
-Region: TypeAlias = tuple[tuple[Interval, ...], ...]
-"""Per axis the half-open intervals; the region is their product."""
 
 
 class CellProduct(Collection[int]):
     """Flat indices of the cells whose position along each axis is in that axis' list."""
 
-    def __init__(self, grid: CellGrid, positions: Sequence[Sequence[int]]) -> None:
+    def __init__(self, grid: CellGrid | TileGrid, positions: Sequence[Sequence[int]]) -> None:
         self.grid = grid
         self.positions = tuple(positions)
         self._known = tuple(
@@ -84,7 +80,7 @@ def region_of(roi: Roi) -> Region:
     return tuple(((low, high),) for low, high in zip(roi.start, roi.stop, strict=True))
 
 
-def cells_meeting(grid: CellGrid, region: Region) -> CellProduct:
+def cells_meeting(grid: CellGrid | TileGrid, region: Region) -> CellProduct:
     """Return the cells of ``grid`` that share a voxel with ``region``."""
     return CellProduct(
         grid,
@@ -105,7 +101,7 @@ def affected_cells(planner: Planner, number: int, region: Region) -> CellProduct
     """Return the cells that read a voxel of ``region`` of input ``number``."""
     item, grid = planner.inputs[number], planner.grid
     if item.index_map is not None:
-        return CellTest(grid, lambda index: _reads(planner.plan(index).windows[number], region))
+        return CellTest(grid, lambda index: _maps_onto(planner, index, number, region))
     assert item.links is not None
     positions: list[Sequence[int]] = [range(n) for n in grid.grid_shape]
     for axis, (link, intervals) in enumerate(zip(item.links, region, strict=True)):
@@ -121,30 +117,6 @@ def affected_cells(planner: Planner, number: int, region: Region) -> CellProduct
                 else [p for p in positions[link.axis] if p in both]
             )
     return CellProduct(grid, positions)
-
-
-def bounds_read(
-    planner: Planner, number: int, cells: CellProduct | CellTest
-) -> tuple[tuple[int, int], ...] | None:
-    """Return bounds of what cells read of an input, per input axis; None: perhaps everything."""
-    item = planner.inputs[number]
-    if item.links is None or isinstance(cells, CellTest):
-        return None
-    bounds = []
-    for axis, link in enumerate(item.links):
-        if link.axis is None:
-            bounds.append((0, item.shape[axis]))
-            continue
-        spans = [
-            span
-            for position in cells.positions[link.axis]
-            for n, a, window in planner.piece(link.axis, position).windows
-            if (n, a) == (number, axis)
-            for span in window.spans
-        ]
-        lows, highs = zip(*spans, strict=True) if spans else ((0,), (0,))
-        bounds.append((min(lows), max(highs)))
-    return tuple(bounds)
 
 
 def merge_regions(regions: Sequence[Region], limit: int = 8) -> list[Region]:
@@ -168,11 +140,13 @@ def touched_region(cells: CellProduct | CellTest) -> Region:
     grid = cells.grid
     if isinstance(cells, CellTest):
         return tuple(((0, extent),) for extent in grid.shape)
+    assert isinstance(grid, CellGrid)
     region = []
-    for steps, size, extent in zip(cells.positions, grid.cell_shape, grid.shape, strict=True):
+    for axis, steps in enumerate(cells.positions):
         joined: list[Interval] = []
         for position in steps:
-            low, high = position * size, min(position * size + size, extent)
+            low = position * grid.cell_shape[axis]
+            high = min(low + grid.cell_shape[axis], grid.shape[axis])
             if joined and joined[-1][1] == low:
                 joined[-1] = (joined[-1][0], high)
             else:
@@ -214,7 +188,12 @@ def _affected_positions(
     return sorted(p for p in candidates if _meet(window(p), intervals))
 
 
-def _reads(windows: Sequence[AxisWindow], region: Region) -> bool:
+def _maps_onto(planner: Planner, index: int, number: int, region: Region) -> bool:
+    try:
+        windows = planner.plan(index).windows[number]
+    except Exception:
+        # The user's index map fails for this cell now; what was made with it may be anything.
+        return True
     return all(_meet(window, intervals) for window, intervals in zip(windows, region, strict=True))
 
 

@@ -220,6 +220,21 @@ def test_block_halo_crops_where_the_width_is_zero() -> None:
             np.testing.assert_array_equal(image[...], source)
 
 
+def test_block_halo_crops_an_input_that_has_an_index_map() -> None:
+    def copy(block: ci.Block) -> None:
+        block.data[...] = block.inputs[0][block.halo]
+
+    source = np.arange(35).reshape(5, 7)
+    for boundary in ("none", "constant", "reflect"):
+        image = ci.fill_cells(
+            copy,
+            ci.CellGrid((5, 7), (2, 3)),
+            ci.Input(source, halo=2, boundary=boundary, index_map=lambda roi: roi),
+            dtype=int,
+        )
+        np.testing.assert_array_equal(image[...], source)
+
+
 def test_data_cannot_be_replaced() -> None:
     def replace(block: ci.Block) -> None:
         block.data = np.ones(4)

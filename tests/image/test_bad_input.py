@@ -218,6 +218,11 @@ def test_wrong_arguments_are_refused_at_once(
         call()
 
 
+def test_an_unknown_boundary_is_refused_even_where_nothing_is_read() -> None:
+    with pytest.raises(ValueError, match=r"'periodic'.*is 'wrap' here"):
+        ci.fill_cells(untouched, ci.CellGrid((4,), 2), dtype=int, boundary="periodic")
+
+
 @pytest.mark.parametrize("value", [1j, None, 1e300, "1"])
 def test_a_fill_value_that_a_float_input_cannot_hold_is_refused(value: Any) -> None:
     with pytest.raises(

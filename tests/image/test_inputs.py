@@ -636,6 +636,37 @@ def test_a_store_that_lies_about_its_shape_is_an_error(chunks: Any) -> None:
     assert it.value.position == (2,)
 
 
+@pytest.mark.parametrize("kind", ["chunks", "regions", "dask"])
+def test_a_store_that_lies_about_its_dtype_is_an_error_or_is_cast_everywhere(kind: str) -> None:
+    # What a block gets must not depend on how many chunks it touches.
+    class Lying(Chunked):
+        def __getitem__(self, key: tuple[slice, ...]) -> NDArray[Any]:
+            return super().__getitem__(key) + 0.5
+
+    values = np.arange(8, dtype="i4")
+    source: Any = Lying(values, (4,) if kind == "chunks" else None)
+    if kind == "dask":
+        source = da.from_array(values, chunks=4).map_blocks(
+            lambda a: a + 0.5, dtype="i4", meta=values[:0]
+        )
+    seen = set()
+
+    def look(a: NDArray[Any]) -> NDArray[Any]:
+        seen.add(a.dtype)
+        return a
+
+    lazy = ci.map_cells(look, source, halo=1, boundary="edge", dtype="f8", cell_shape=2)
+    try:
+        lazy[:]
+    except ci.ReadError as error:
+        says = str(error)
+    else:
+        says = "cast from float64 to int32"
+        assert seen == {np.dtype("i4")}
+    assert "float64" in says
+    assert "int32" in says
+
+
 # ---------------------------------------------------------------- several inputs
 
 

@@ -191,9 +191,14 @@ def test_the_current_flight_is_restored_after_success_and_error(owner):
         assert current_flight() is flight
         inner = Flight(owner, 2)
         assert inner.parent is flight
-        with pytest.raises(LookupError), inside(inner):
-            assert current_flight() is inner
-            raise LookupError
+
+        def fail() -> None:
+            with inside(inner):
+                assert current_flight() is inner
+                raise LookupError
+
+        with pytest.raises(LookupError):
+            fail()
         assert current_flight() is flight
         with inside(None):
             assert current_flight() is None
