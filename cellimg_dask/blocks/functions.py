@@ -123,6 +123,13 @@ class ArrayFunction:
         )
 
     def _as_array(self, plan: CellPlan, result: Any) -> NDArray[Any]:
+        if isinstance(result, np.ma.MaskedArray):
+            raise ResultError(
+                self.name,
+                plan.position,
+                plan.roi,
+                "returned a masked array, whose mask would be lost; return result.filled(value)",
+            )
         if not hasattr(result, "__array__") or not hasattr(result, "shape"):
             hint = (
                 "; a function that writes into a block belongs in fill_cells"

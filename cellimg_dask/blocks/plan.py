@@ -194,6 +194,7 @@ class Planner:
         self._direct = (
             len(self.inputs) == 1
             and self.inputs[0].links is not None
+            and len(self.inputs[0].links) == self.grid.ndim
             and all(link.axis == axis for axis, link in enumerate(self.inputs[0].links))
         )
 
@@ -226,6 +227,8 @@ class Planner:
             )
         else:
             windows = self._collect(pieces, start, stop)
+            if self._mapped and len(self._mapped) == len(self.inputs):
+                full_shape, crop = self._crop_mapped(start, stop, shape, windows[0])
         return CellPlan(
             index, tuple(position), start, stop, shape, windows, full_shape, crop, pieces
         )
@@ -244,13 +247,16 @@ class Planner:
         for number, axis, window in self._fixed:
             found[number][axis] = window
         for number in self._mapped:
-            found[number] = list(self._map_windows(self.inputs[number], number, start, stop))
+            item = self.inputs[number]
+            grown = self._mapped_roi(number, start, stop).grow(item.halo)
+            found[number] = [
+                axis_window(low, high, extent, item.boundary)
+                for low, high, extent in zip(grown.start, grown.stop, item.shape, strict=True)
+            ]
         return tuple(tuple(windows) for windows in found)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _map_windows(
-        item: InputPlan, number: int, start: tuple[int, ...], stop: tuple[int, ...]
-    ) -> list[AxisWindow]:
+    def _mapped_roi(self, number: int, start: tuple[int, ...], stop: tuple[int, ...]) -> Roi:
+        item = self.inputs[number]
         assert item.index_map is not None
         roi = item.index_map(Roi(start, stop))
         if not isinstance(roi, Roi) or roi.ndim != len(item.shape):
@@ -258,11 +264,27 @@ class Planner:
                 f"index_map of input {number} must return a Roi with {len(item.shape)} axes "
                 f"(the input's shape is {item.shape}), got {roi!r}"
             )
-        grown = roi.grow(item.halo)
-        return [
-            axis_window(low, high, extent, item.boundary)
-            for low, high, extent in zip(grown.start, grown.stop, item.shape, strict=True)
+        return roi
+
+    def _crop_mapped(
+        self,
+        start: tuple[int, ...],
+        stop: tuple[int, ...],
+        shape: tuple[int, ...],
+        windows: tuple[AxisWindow, ...],
+    ) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+        """Return shape and crop of a result as large as the first input, if that fits the cell."""
+        item, roi = self.inputs[0], self._mapped_roi(0, start, stop)
+        if roi.shape != shape:
+            return shape, tuple(slice(0, extent) for extent in shape)
+        skips = [
+            low - min(max(low - before, 0), extent, low) if item.boundary == "none" else before
+            for low, before, extent in zip(roi.start, item.halo.before, item.shape, strict=True)
         ]
+        return (
+            tuple(window.length for window in windows),
+            tuple(slice(a, a + extent) for a, extent in zip(skips, shape, strict=True)),
+        )
 
     def _make_piece(self, axis: int, step: int) -> AxisPiece:
         start = step * self.grid.cell_shape[axis]

@@ -170,7 +170,7 @@ class CellImg(NDArrayOperatorsMixin):
         return self.loader.crew().spawn(lambda: self.loader.prefetch(box))
 
     def invalidate(self, roi: Any = ...) -> None:
-        """Forget a region because its input changed; images made from this one follow.
+        """Forget what was computed from a region, because an input changed there.
 
         Safe at any time, also while cells are being computed: a computation that began before
         is never kept. Default: the whole image.

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from cellimg_dask.geometry import CellGrid, IrregularGrid, tiles
 from cellimg_dask.loading.loader import CellLoader, ImageReader
-from cellimg_dask.loading.readers import ChunkedReader, Reader, TiledReader
+from cellimg_dask.loading.readers import ChunkedReader, Reader, TiledReader, native
+from cellimg_dask.state.flights import Flight, current_flight, inside
 
 __all__ = ["CellLayer", "dask_name", "to_dask"]
 
@@ -128,9 +129,14 @@ def _layers_of(array: da.Array) -> HighLevelGraph:
 class CellCall:
     """Computes a cell in a task; tiles of the ``fed`` inputs are given with the call."""
 
-    def __init__(self, loader: CellLoader, fed: Sequence[int]) -> None:
+    def __init__(
+        self, loader: CellLoader, fed: Sequence[int], flight: Flight | None = None
+    ) -> None:
         self.loader = loader
         self.fed = tuple(fed)
+        # Where a block function computes with dask: the computation that waits for this one,
+        # which dask's threads could not know.
+        self._flight = flight
         self._grids: dict[int, Any] = {
             number: reader.grid
             for number, reader in enumerate(loader.readers)
@@ -155,7 +161,7 @@ class CellCall:
     def __call__(self, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
         """Return the cell, through the cache of this process."""
         loader = self.loader
-        with loader.crew().working():
+        with loader.crew().working(), inside(self._flight or current_flight()):
             return loader.load(index, self._readers(index, chunks))
 
     def past_cache(self, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
@@ -178,7 +184,18 @@ def _given_reader(
     reader: Reader, number: int, given: Mapping[tuple[int, int], NDArray[Any]]
 ) -> TiledReader:
     assert isinstance(reader, TiledReader)
-    return TiledReader(reader.grid, reader.dtype, lambda tile: np.asarray(given[number, tile]))
+    dtype = reader.dtype
+
+    def tile(index: int) -> NDArray[Any]:
+        chunk = np.asarray(given[number, index])
+        if native(chunk.dtype) != native(dtype):
+            raise TypeError(
+                f"a dask chunk has dtype {chunk.dtype}, its array says {dtype}; make it say what "
+                f"it gives, for instance with astype"
+            )
+        return chunk
+
+    return TiledReader(reader.grid, dtype, tile)
 
 
 def _run(call: CellCall, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
@@ -324,7 +341,10 @@ class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
         if self._elsewhere:
             # The definition travels once to each worker, not once with each task.
             return Task(key, _run, TaskRef(stage.call_key), index, *tiles)
-        return Task(key, stage.call, index, *tiles)
+        call, flight = stage.call, current_flight()
+        if flight is not None:
+            call = CellCall(stage.loader, call.fed, flight)
+        return Task(key, call, index, *tiles)
 
 
 def _layer_elsewhere(

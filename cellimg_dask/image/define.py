@@ -103,6 +103,7 @@ def map_cells(
     >>> doubled[1:3, 2]
     array([14, 24])
     """
+    check_boundary(boundary)
     if isinstance(f, BlockCode):
         raise TypeError("BlockCode writes into a block: use fill_cells(code, grid, *inputs, …)")
     if not callable(f):
@@ -206,6 +207,7 @@ def fill_cells(
     >>> fill_cells(number, CellGrid((4,), (2,)), dtype="u1")[:]
     array([0, 0, 1, 1], dtype=uint8)
     """
+    check_boundary(boundary)
     if not callable(f):
         raise TypeError(f"f must be callable or a BlockCode, got {type(f).__name__}")
     if not isinstance(grid, CellGrid):
@@ -237,7 +239,6 @@ def _plan_linked(
     fill_value: Any,
 ) -> InputPlan:
     """Plan an input whose axes follow the image's."""
-    check_boundary(boundary)
     shape = item.shape
     own_links, stretched = follow(shape, whole, links, number)
     skip = len(whole) - len(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +84,6 @@ class Input:
             )
             raise type(error)(f"halo of input {number}: {error}{hint}") from None
         mode = check_boundary(boundary if self.boundary is None else self.boundary)
-        if mode not in ("none", "constant"):
-            for axis, extent in enumerate(shape):
-                if extent == 0 and (own.before[axis] or own.after[axis]):
-                    mode = "none"  # An empty axis has no cells, so nothing is ever read.
         fill = 0
         if mode == "constant":
             value = fill_value if self.fill_value is None else self.fill_value
@@ -163,12 +160,23 @@ def checked_fill(value: Any, dtype: np.dtype[Any], number: int) -> Any:
         If ``dtype`` cannot hold it.
     """
     try:
-        with np.errstate(all="ignore"):
-            fill = np.asarray(value).astype(dtype)[()]
-            same = fill == value or (value != value and fill != fill)
-    except (TypeError, ValueError):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            given = np.asarray(value)
+            fill = given.astype(dtype)[()]
+            # A float may be rounded, but neither made infinite nor made from something else.
+            same = given.ndim == 0 and (
+                bool(fill == given)
+                or (given.dtype.kind in "fc" and bool(np.isnan(given)) and bool(np.isnan(fill)))
+                or (
+                    given.dtype.kind in "biufc"
+                    and dtype.kind in "fc"
+                    and bool(np.isfinite(fill)) == bool(np.isfinite(given))
+                )
+            )
+    except (TypeError, ValueError, OverflowError, Warning):
         same = False
-    if np.ndim(value) != 0 or not (same or dtype.kind in "fc"):
+    if not same:
         raise ValueError(
             f"fill_value {value!r} cannot be held by input {number} of dtype {dtype}; "
             f"give one that can, or another dtype of input"

@@ -97,7 +97,18 @@ class Crew:
             raise job.error
 
     def spawn(self, work: Callable[[], object]) -> Future[Any]:
-        """Run ``work`` on a thread of the crew, now or when one is free."""
+        """Run ``work`` on a thread of the crew, now or when one is free.
+
+        Inside a computation it runs at once, here: whoever waited there for a free thread might
+        wait for one that waits for this computation.
+        """
+        if current_flight() is not None:
+            done: Future[Any] = Future()
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+            return done
 
         def task() -> object:
             with self.working():

@@ -38,6 +38,7 @@ from cellimg_dask.state.dirty import (
     cells_meeting,
     merge_regions,
     region_of,
+    region_read,
     touched_region,
 )
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
@@ -192,7 +193,7 @@ class CellLoader:
     def invalidate(self, roi: Roi) -> None:
         """Forget the cells that read a voxel of the region, and what was made from them.
 
-        Safe at any time. The decoded chunks of the region are forgotten too. Images come in
+        Safe at any time. Chunks that these cells read are decoded again. Images come in
         the order of the chain: a load downstream that begins meanwhile and still reads an old
         cell is forgotten when its image's turn comes, and an image that is defined meanwhile is
         found because only then the images downstream are listed.
@@ -201,12 +202,14 @@ class CellLoader:
             return
         region = region_of(roi)
         cells: list[CellProduct | CellTest] = [cells_meeting(self.grid, region)]
-        for number, reader in enumerate(self.readers):
-            source = self.planner.inputs[number].region_under(region)
-            if isinstance(reader, ChunkedReader):
-                reader.forget(source)
+        for number, item in enumerate(self.planner.inputs):
+            source = item.region_under(region)
             if source is not None:
                 cells.append(affected_cells(self.planner, number, source))
+        for number, reader in enumerate(self.readers):
+            if isinstance(reader, ChunkedReader):
+                for part in cells:
+                    reader.forget(region_read(self.planner, number, part))
         # What changed of each image, in the order of the longest way from the first.
         waiting: list[tuple[int, int, CellLoader]] = [(self.depth, 0, self)]
         reached: dict[CellLoader, list[CellProduct | CellTest]] = {self: cells}

@@ -277,6 +277,11 @@ def check_array(array: Any) -> None:
             f"the shape of an input must be known, {type(array).__name__} has {array.shape!r}; "
             f"for a dask Delayed use dask.array.from_delayed"
         )
+    if any(extent != extent for extent in array.shape):
+        raise ValueError(
+            "a dask array of unknown chunk sizes cannot be an input; "
+            "call array.compute_chunk_sizes() first"
+        )
 
 
 def _chunk_grid(chunks: Any, shape: tuple[int, ...]) -> CellGrid | IrregularGrid | None:
@@ -299,13 +304,18 @@ def _tile_box(grid: CellGrid | IrregularGrid, index: int) -> Box:
 
 
 def _checked(data: Any, box: Box, array: Any) -> NDArray[Any]:
-    """Return what a store gave for a box as an array of just that shape."""
+    """Return what a store gave for a box as an array of just the shape and dtype it promises."""
     block = np.asarray(data)
     shape = tuple(part.stop - part.start for part in box)
     if block.shape != shape:
         raise ValueError(
             f"{type(array).__name__} gave shape {block.shape} for a region of shape {shape}: "
             f"its shape attribute says {tuple(array.shape)}"
+        )
+    if native(block.dtype) != native(array.dtype):
+        raise TypeError(
+            f"{type(array).__name__} gave dtype {block.dtype}, its dtype attribute says "
+            f"{array.dtype}; make it say what it gives, for instance with astype"
         )
     return block
 
@@ -319,7 +329,7 @@ def _tensorstore_reader(array: Any, cache: CellCache) -> Reader:
     shape = tuple(int(n) for n in array.shape)
     grid = None
     if chunk is not None:
-        grid = _chunk_grid(tuple(int(c) or n for c, n in zip(chunk, shape, strict=True)), shape)
+        grid = _chunk_grid(tuple(int(c or n) for c, n in zip(chunk, shape, strict=True)), shape)
     if grid is None:
         return _TensorStoreRegions(array, dtype)
 
@@ -348,11 +358,6 @@ def _dask_reader(array: Any, cache: CellCache) -> Reader:
     from dask.local import get_sync
     from dask.utils import ensure_dict
 
-    if any(size != size for sizes in array.chunks for size in sizes):
-        raise ValueError(
-            "a dask array of unknown chunk sizes cannot be an input; "
-            "call array.compute_chunk_sizes() first"
-        )
     grid = IrregularGrid(array.chunks)
     graph: dict[Any, Any] = {}
 
@@ -365,7 +370,8 @@ def _dask_reader(array: Any, cache: CellCache) -> Reader:
             graph.update(convert_legacy_graph(ensure_dict(array.__dask_graph__())))
         key = (array.name, *grid.position(index))
         # A copy: the chunk may be memory of the user's.
-        return np.array(get_sync(_reachable(graph, key), key))
+        box = grid.slices(grid.position(index))
+        return _checked(get_sync(_reachable(graph, key), key), box, array).copy()
 
     return ChunkedReader(array, grid, np.dtype(array.dtype), decode, cache)
 

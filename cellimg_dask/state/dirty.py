@@ -22,6 +22,7 @@ __all__ = [
     "hull",
     "merge_regions",
     "region_of",
+    "region_read",
     "touched_region",
 ]
 
@@ -119,6 +120,24 @@ def affected_cells(planner: Planner, number: int, region: Region) -> CellProduct
     return CellProduct(grid, positions)
 
 
+def region_read(planner: Planner, number: int, cells: CellProduct | CellTest) -> Region | None:
+    """Return what cells read of input ``number``; None: perhaps everything."""
+    item = planner.inputs[number]
+    if item.links is None or isinstance(cells, CellTest):
+        return None
+    region: list[tuple[Interval, ...]] = []
+    for axis, link in enumerate(item.links):
+        if link.axis is None:
+            region.append(((0, item.shape[axis]),))
+        else:
+            windows = [
+                _window(planner, number, axis, link.axis, position)
+                for position in cells.positions[link.axis]
+            ]
+            region.append(tuple({span: None for window in windows for span in window.spans}))
+    return tuple(region)
+
+
 def merge_regions(regions: Sequence[Region], limit: int = 8) -> list[Region]:
     """Return the distinct ones; beyond ``limit`` their bounding box, which is never too small."""
     distinct = [region for region in dict.fromkeys(regions) if all(region)]
@@ -180,12 +199,15 @@ def _affected_positions(
         # What a cell at the border mirrors or wraps may lie anywhere.
         candidates.update(range(min(-(-before // step), count)))
         candidates.update(range(max((extent - after) // step, 0), count))
+    return sorted(
+        p for p in candidates if _meet(_window(planner, number, axis, out_axis, p), intervals)
+    )
 
-    def window(position: int) -> AxisWindow:
-        piece = planner.piece(out_axis, position)
-        return next(w for n, a, w in piece.windows if (n, a) == (number, axis))
 
-    return sorted(p for p in candidates if _meet(window(p), intervals))
+def _window(planner: Planner, number: int, axis: int, out_axis: int, position: int) -> AxisWindow:
+    """Return how the cells at ``position`` along an output axis read an axis of an input."""
+    piece = planner.piece(out_axis, position)
+    return next(window for n, a, window in piece.windows if (n, a) == (number, axis))
 
 
 def _maps_onto(planner: Planner, index: int, number: int, region: Region) -> bool:

@@ -259,6 +259,25 @@ def test_a_block_function_of_a_long_chain_may_read_another_long_chain():
     np.testing.assert_array_equal(last[:], expected)
 
 
+def test_a_change_in_the_middle_of_a_long_chain_is_no_error():
+    """What was loaded from below is forgotten again while what is above is on its way."""
+    image = np.arange(20)
+    source = ci.map_cells(copied, image, dtype=np.int64, cell_shape=5)
+    changes = iter(range(100, 105))
+
+    def paint(block: np.ndarray) -> np.ndarray:
+        for value in changes:
+            image[7] = value
+            source.invalidate(np.s_[7:8])
+        return block.copy()
+
+    lower = chain(source, 130, (5,))
+    middle = ci.map_cells(paint, lower[-1], dtype=np.int64)
+    last = chain(middle, 130, (5,))[-1]
+    last[:]
+    np.testing.assert_array_equal(last[:], chain_expected(image, 260))
+
+
 def test_invalidating_a_very_deep_chain_needs_no_stack():
     image = np.arange(20)
     stages = chain(image, 2000, (5,))
@@ -326,6 +345,60 @@ def test_after_a_change_and_invalidate_everything_is_as_computed_from_scratch(da
         roi = ci.Roi(start, stop)
         image[roi.slices] = rng.integers(0, 1000, roi.shape)
         source.invalidate(roi)
+
+
+@given(data=st.data())
+@settings(max_examples=80)
+def test_an_image_that_reads_a_changed_array_with_a_halo_is_as_computed_from_scratch(data):
+    """The region is that of the change; who reads it from further away is found."""
+    boundary = data.draw(st.sampled_from(sorted(FILTERS)))
+    radius, factor = data.draw(st.integers(0, 6)), data.draw(st.sampled_from([1, 1, 2, 3]))
+    length, cell = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 8))
+    image = np.random.default_rng(length).integers(0, 1000, length)
+    params = {"size": 2 * radius + 1, "mode": FILTERS[boundary]}
+    img = ci.map_cells(
+        lambda block: ndi.maximum_filter1d(block, **params)[::factor],
+        image,
+        dtype=image.dtype,
+        halo=radius,
+        boundary=boundary,
+        cell_shape=cell,
+        shrink=factor,
+    )
+    for value in range(3):
+        expected = ndi.maximum_filter1d(image, **params)[::factor]
+        np.testing.assert_array_equal(img[:], expected)
+        low = data.draw(st.integers(0, img.shape[0] - 1))
+        high = data.draw(st.integers(low + 1, img.shape[0]))
+        # The voxels that lie under the region of the image.
+        image[low * factor : high * factor] = 2000 * value
+        img.invalidate(np.s_[low:high])
+
+
+def test_the_name_that_dask_sees_changes_after_the_cells_were_forgotten(monkeypatch):
+    """Under a new name nothing old may be computed, for a scheduler keeps what has a name."""
+    source = ci.map_cells(copied, np.arange(8), dtype=int, cell_shape=4)
+    later = ci.map_cells(np.negative, source)
+    names: list[tuple[str, str]] = []
+    images = (source, later)
+    for img in images:
+        shelf = img.loader.shelf
+        invalidate = shelf.invalidate
+
+        def noted(cells: Any, invalidate: Callable[[Any], None] = invalidate) -> None:
+            names.append((source.to_dask().name, later.to_dask().name))
+            invalidate(cells)
+
+        monkeypatch.setattr(shelf, "invalidate", noted)
+    before = (source.to_dask().name, later.to_dask().name)
+    source.invalidate(np.s_[0:1])
+    after = (source.to_dask().name, later.to_dask().name)
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    assert len(names) >= 2
+    assert names[0][0] != after[0]
+    for during in names:
+        assert during[1] != after[1], "named as new while old cells were still there"
 
 
 @pytest.mark.parametrize("distance", [1, 2, 5])
@@ -461,7 +534,7 @@ def test_images_may_be_defined_while_another_is_invalidated(pool):
 
     try:
         running = [pool.submit(define) for _ in range(2)]
-        for _ in range(300):
+        for _ in range(100):
             source.invalidate(np.s_[0:1])
     finally:
         stop.set()

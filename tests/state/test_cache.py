@@ -281,6 +281,30 @@ def test_an_interrupted_load_is_taken_up_by_one_of_those_who_wait(owner, waiting
     assert shelf.stats().errors == 0
 
 
+def test_an_interrupt_after_the_load_leaves_nobody_waiting(owner, waiting, pool):
+    """Ctrl-C may come at any moment; here it comes when the load has just ended."""
+    times = iter([0.0, KeyboardInterrupt])
+
+    def timer() -> float:
+        moment = next(times, 1.0)
+        if not isinstance(moment, float):
+            raise moment
+        return moment
+
+    shelf = CellCache(1 << 20, timer=timer).shelf(owner)
+    gate = Gate(load_of(3))
+    interrupted = pool.submit(shelf.get, 0, gate)
+    assert gate.began.wait(PATIENCE_S)
+    thread = threading.Thread(target=shelf.get, args=(0, load_of(4)), daemon=True)
+    thread.start()
+    wait_for(waiting, 1)
+    gate.go_on.set()
+    assert isinstance(interrupted.exception(PATIENCE_S), KeyboardInterrupt)
+    thread.join(5)
+    assert not thread.is_alive(), "who waited still waits"
+    assert shelf.peek(0) is not None
+
+
 def test_a_cell_that_needs_itself_is_an_error_and_not_a_deadlock(owner):
     shelf = CellCache(1 << 20).shelf(owner)
     with pytest.raises(flights.CircularWaitError):
@@ -311,6 +335,9 @@ def test_bytes_never_exceed_the_bound_over_a_million_random_operations():
         if not 0 <= held <= bound:
             problems.append(f"{held} of {bound} bytes")
 
+    def load(size: int) -> Callable[[int], np.ndarray]:
+        return lambda index: np.empty(size, np.uint8)
+
     def work(number: int) -> None:
         rng = np.random.default_rng(number)
         kinds = rng.integers(0, 1000, _OPERATIONS).tolist()
@@ -318,22 +345,26 @@ def test_bytes_never_exceed_the_bound_over_a_million_random_operations():
         for step, (kind, key) in enumerate(zip(kinds, keys, strict=True)):
             which = (kind + key) & 3
             shelf, size = shelves[which], sizes[which]
-            if kind < 860:
-                value = shelf.get(key, lambda index, size=size: np.empty(size[index], np.uint8))
+            if kind < 640:
+                value = shelf.get(key, loads[which][key])
                 if value.nbytes != size[key]:
                     problems.append(f"a cell of {value.nbytes} bytes for one of {size[key]}")
-            elif kind < 930:
+            elif kind < 880:
                 shelf.peek(key)
             elif kind < 960:
-                shelf.get_many(range(key, min(key + 8, _KEYS)))
+                shelf.get_many((key, key >> 1, key >> 2))
             elif kind < 997:
                 shelf.invalidate({key, (key * 7) % _KEYS})
             elif kind < 998:
                 shelf.invalidate(None)
             else:
                 cache.resize(_LARGEST // (1 + step % 3))
-            check()
+            if cache.bytes > _LARGEST:
+                problems.append(f"{cache.bytes} bytes at once")
+            if step & 3 == 0:
+                check()
 
+    loads = [[load(size) for size in row] for row in sizes]
     threads = [threading.Thread(target=work, args=(number,)) for number in range(_THREADS)]
     for thread in threads:
         thread.start()
@@ -877,20 +908,24 @@ class TestFork:
         with Holder(module._shared_lock):
             in_a_fork(lambda: ci.get_cache().max_bytes == bound)
 
-    def test_a_child_can_wait_inside_a_load_though_another_thread_was_about_to(self, owner):
+    def test_a_child_can_wait_inside_a_load_though_another_thread_was_about_to(
+        self, owner, monkeypatch
+    ):
         shelf = CellCache(100).shelf(owner)
+        gate = Gate(load_of(1))
+        join = Flight.join
+
+        def let_go(flight: Flight, done: threading.Event) -> None:
+            gate.go_on.set()
+            join(flight, done)
+
+        monkeypatch.setattr(Flight, "join", let_go)
 
         def nested_join() -> bool:
-            gate = Gate(load_of(1))
             thread = threading.Thread(target=shelf.get, args=(1, gate), daemon=True)
             thread.start()
             gate.began.wait(PATIENCE_S)
-
-            def load(index: int) -> np.ndarray:
-                threading.Thread(target=gate.go_on.set, daemon=True).start()
-                return shelf.get(1, never)
-
-            return shelf.get(0, load).nbytes == 1
+            return shelf.get(0, lambda _: shelf.get(1, never)).nbytes == 1
 
         with Holder(flights._joins):
             in_a_fork(nested_join)

@@ -115,12 +115,14 @@ def check(source: Stage, later: Sequence[Stage], roi: ci.Roi) -> None:
         assert stage.held() == set(range(stage.img.grid.num_cells))
     source.img.invalidate(roi)
 
-    changed = {id(source): mask_of(source.img.shape, roi.start, roi.stop)}
+    region = mask_of(source.img.shape, roi.start, roi.stop)
     inside = {
         index
         for index, (low, high) in enumerate(boxes(source.img.grid))
-        if (mask_of(source.img.shape, low, high) & changed[id(source)]).any()
+        if (mask_of(source.img.shape, low, high) & region).any()
     }
+    # A cell is computed anew as a whole, so all of its voxels count as changed.
+    changed = {id(source): source.voxels_of(inside)}
     everything = set(range(source.img.grid.num_cells))
     assert source.held() == everything - inside
     exact = True
