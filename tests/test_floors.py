@@ -35,8 +35,8 @@ TOP = 7
 USERS = {"cli"}
 """Folders that use the package by its face, as any user does; the face knows nothing of them."""
 
-FOREIGN = {"geometry": {"numpy"}, "blocks": {"numpy"}, "state": {"numpy"}}
-"""What the low floors may import beyond the standard library."""
+FOREIGN = {"geometry": {"numpy"}, "blocks": {"numpy", "cloudpickle"}, "state": {"numpy"}}
+"""What the low floors may import beyond the standard library; cloudpickle for errors' causes."""
 
 
 def module_name(path: Path) -> str:

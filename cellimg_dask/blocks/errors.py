@@ -12,8 +12,6 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import cloudpickle
-
 from cellimg_dask.geometry import Roi
 
 __all__ = ["BlockError", "CellimgError", "CycleError", "InitError", "ReadError", "ResultError"]
@@ -58,6 +56,8 @@ def _packed(cause: BaseException | None) -> tuple[bytes | None, str]:
     """Return a cause as bytes, and as text for where these cannot be read."""
     if cause is None:
         return None, ""
+    import cloudpickle
+
     text = f"{type(cause).__name__}: {cause}"
     try:
         # An exception's class may live in a notebook, which plain pickle does not send.

@@ -9,15 +9,17 @@ that would be loaded anyhow are: nothing is rounded up, and what is held needs n
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.plan import CellPlan
-from cellimg_dask.geometry import tiles
-
-if TYPE_CHECKING:
-    from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.geometry import CellGrid, tiles
+from cellimg_dask.loading.crew import Crew
+from cellimg_dask.loading.readers import Reader
+from cellimg_dask.state.cache import Shelf
 
 __all__ = ["supported"]
 
@@ -25,9 +27,35 @@ __all__ = ["supported"]
 _PILLAR_DISTANCE = 20
 
 
+class ChainLoader(Protocol):
+    """What has to be known of the loader of an image in a chain."""
+
+    depth: int
+    readers: tuple[Reader, ...]
+    shelf: Shelf
+    crew: Callable[[], Crew]
+
+    @property
+    def grid(self) -> CellGrid:
+        """Grid of the image."""
+        ...
+
+    def ancestry(self) -> Sequence[ChainLoader]:
+        """Return all loaders that this one rests on, and itself."""
+        ...
+
+    def plan(self, index: int) -> CellPlan:
+        """Return the plan of a cell."""
+        ...
+
+    def load(self, index: int) -> NDArray[Any]:
+        """Return a cell."""
+        ...
+
+
 class _Mine(threading.local):
     def __init__(self) -> None:
-        self.chains: list[set[CellLoader]] = []
+        self.chains: list[set[ChainLoader]] = []
 
 
 _mine = _Mine()
@@ -36,55 +64,65 @@ _mine = _Mine()
 class supported:  # noqa: N801 - a context manager, used like a function
     """Hold the pillars of a cell while it is computed; nothing for chains of usual length."""
 
-    __slots__ = ("_held", "_loader", "_plan")
+    __slots__ = ("_held", "_loader", "_opened", "_plan")
 
-    def __init__(self, loader: CellLoader, plan: CellPlan) -> None:
+    def __init__(self, loader: ChainLoader, plan: CellPlan) -> None:
         self._loader = loader
         self._plan = plan
-        self._held: list[NDArray[Any]] | None = None
+        self._opened = False
+        self._held: list[NDArray[Any]] = []
 
     def __enter__(self) -> None:
         loader = self._loader
-        if loader.depth <= _PILLAR_DISTANCE or any(loader in chain for chain in _mine.chains):
+        if loader.depth <= _PILLAR_DISTANCE:
             return
-        chain = loader.ancestry()
-        _mine.chains.append(set(chain))
-        self._held = []
+        if any(loader in chain for chain in _mine.chains):
+            # On the way already. A pillar looks whether the next one still stands: it may have
+            # been forgotten because of a change.
+            if loader.depth % _PILLAR_DISTANCE == 0:
+                self._load_pillars(only_next=True)
+            return
+        _mine.chains.append(set(loader.ancestry()))
+        self._opened = True
         try:
-            self._load_pillars(chain, self._held)
+            self._load_pillars(only_next=False)
         except BaseException:
             _mine.chains.pop()
             raise
 
     def __exit__(self, *exc: object) -> None:
-        if self._held is not None:
+        self._held = []
+        if self._opened:
             _mine.chains.pop()
-            self._held = None
 
-    def _load_pillars(self, chain: list[CellLoader], held: list[NDArray[Any]]) -> None:
-        needed: dict[CellLoader, set[int]] = {loader: set() for loader in chain}
-        _add_reads(self._loader, self._plan, needed)
-        # From the last image up: which cells are missing, and what each of them reads.
-        for loader in reversed(chain[:-1]):
-            missing = set()
-            for index in needed[loader]:
+    def _load_pillars(self, *, only_next: bool) -> None:
+        needed: dict[ChainLoader, set[int]] = {}
+        # From the last image up, by depth: an image comes after all that read from it.
+        waiting: list[tuple[int, int, ChainLoader]] = []
+        _add_reads(self._loader, self._plan, needed, waiting)
+        pillars = []
+        while waiting:
+            _, _, loader = heappop(waiting)
+            is_pillar = loader.depth % _PILLAR_DISTANCE == 0
+            missing = []
+            for index in sorted(needed[loader]):
                 value = loader.shelf.peek(index)
-                if value is None:
-                    missing.add(index)
-                    _add_reads(loader, loader.plan(index), needed)
-                else:
-                    held.append(value)
-            needed[loader] = missing
-        for loader in chain[:-1]:
-            if loader.depth % _PILLAR_DISTANCE == 0:
-                load = _Load(loader, held)
-                loader.crew().run(sorted(needed[loader]), load, len(needed[loader]))
+                if value is not None:
+                    self._held.append(value)
+                    continue
+                missing.append(index)
+                if not (only_next and is_pillar):
+                    _add_reads(loader, loader.plan(index), needed, waiting)
+            if is_pillar:
+                pillars.append((loader, missing))
+        for loader, missing in reversed(pillars):
+            loader.crew().run(missing, _Load(loader, self._held), len(missing))
 
 
 class _Load:
     """Loads cells of one image and holds them."""
 
-    def __init__(self, loader: CellLoader, held: list[NDArray[Any]]) -> None:
+    def __init__(self, loader: ChainLoader, held: list[NDArray[Any]]) -> None:
         self._loader = loader
         self._held = held
 
@@ -92,11 +130,20 @@ class _Load:
         self._held.append(self._loader.load(index))
 
 
-def _add_reads(loader: CellLoader, plan: CellPlan, needed: dict[CellLoader, set[int]]) -> None:
+def _add_reads(
+    loader: ChainLoader,
+    plan: CellPlan,
+    needed: dict[ChainLoader, set[int]],
+    waiting: list[tuple[int, int, ChainLoader]],
+) -> None:
     """Add the cells of other images that a cell reads."""
     for number, reader in enumerate(loader.readers):
-        above: CellLoader | None = getattr(reader, "loader", None)
-        if above is not None:
-            for box in plan.boxes(number):
-                _, parts = tiles(above.grid, [b.start for b in box], [b.stop for b in box])
-                needed[above].update(index for index, _, _ in parts)
+        above: ChainLoader | None = getattr(reader, "loader", None)
+        if above is None:
+            continue
+        if above not in needed:
+            needed[above] = set()
+            heappush(waiting, (-above.depth, len(needed), above))
+        for box in plan.boxes(number):
+            _, parts = tiles(above.grid, [b.start for b in box], [b.stop for b in box])
+            needed[above].update(index for index, _, _ in parts)

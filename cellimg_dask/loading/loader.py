@@ -215,9 +215,9 @@ class CellLoader:
         reached: dict[CellLoader, list[CellProduct | CellTest]] = {self: cells}
         while waiting:
             _, _, loader = heappop(waiting)
-            loader.edition += 1
             for part in reached[loader]:
                 loader.shelf.invalidate(part)
+            loader.edition += 1
             changed = merge_regions([touched_region(part) for part in reached[loader]])
             for below in loader.dependents:
                 if below not in reached:

@@ -151,6 +151,7 @@ class CellCache:
     def _depart(self, shelf: Shelf) -> None:
         # Called by the collector, perhaps inside a section that this very thread has locked:
         # so it never waits; whoever next needs room finishes the work.
+        shelf.gone = True
         self._departed.append(shelf)
         if self._lock.acquire(blocking=False):
             try:
@@ -238,6 +239,8 @@ class Shelf:
     def __init__(self, cache: CellCache) -> None:
         self.cache = cache
         """The cache that holds the budget."""
+        self.gone = False
+        """Whether the owner was collected: nothing is kept any more."""
         self._entries: dict[int, _Entry] = {}
         self._flights: dict[int, Flight] = {}
         self._living: dict[int, _Living] = {}
@@ -329,30 +332,31 @@ class Shelf:
 
     def _load(self, flight: Flight, load: Callable[[int], NDArray[Any]]) -> NDArray[Any]:
         cache = self.cache
-        began = cache._timer()
         try:
+            began = cache._timer()
             with inside(flight):
                 value = load(flight.index)
             value = own(value)
+            seconds = cache._timer() - began
+            with cache._lock:
+                flight.value = value
+                self._stats.loads += 1
+                self._stats.load_seconds += seconds
+                self._forget_flight(flight)
+                if not (flight.stale or self.gone):
+                    cache._admit(_Entry(self, flight.index, value, seconds))
         except BaseException as error:
             with cache._lock:
                 if isinstance(error, Exception):
                     flight.error = error
                     self._stats.errors += 1
                 else:
+                    # Interrupted, perhaps after the load: who waits tries again.
                     flight.abandoned = True
                 self._forget_flight(flight)
-            flight.land()
             raise
-        seconds = cache._timer() - began
-        with cache._lock:
-            flight.value = value
-            self._stats.loads += 1
-            self._stats.load_seconds += seconds
-            self._forget_flight(flight)
-            if not flight.stale:
-                cache._admit(_Entry(self, flight.index, value, seconds))
-        flight.land()
+        finally:
+            flight.land()
         return value
 
     def record(self, seconds: float, *, failed: bool = False) -> None:

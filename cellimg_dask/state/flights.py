@@ -7,6 +7,7 @@ that needs itself, directly or through others: `Flight.join` finds that before i
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -26,6 +27,15 @@ class _Current(threading.local):
 _current = _Current()
 # Guards `Flight._waiting` of all flights; taken only when a thread is about to wait.
 _joins = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _joins
+    _joins = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Flight:

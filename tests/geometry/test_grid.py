@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -161,11 +162,14 @@ def lines_run(work: Callable[[], Any]) -> int:
         return trace
 
     before = sys.gettrace()
+    # The collector would run finalisers of other tests' images.
+    gc.disable()
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 

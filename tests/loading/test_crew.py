@@ -210,6 +210,23 @@ def test_callers_from_outside_are_served_though_all_threads_are_taken(make_crew,
         future.result(PATIENCE_S)
 
 
+def test_a_helper_that_never_got_a_thread_is_not_waited_for(make_crew):
+    crew = make_crew(2)
+    release = threading.Event()
+    # The threads are taken by something that the crew has not counted.
+    futures = [crew._executor().submit(release.wait, PATIENCE_S) for _ in range(2)]
+    done: list[int] = []
+    caller = threading.Thread(target=crew.run, args=(range(20), done.append, 20), daemon=True)
+    caller.start()
+    caller.join(10)
+    ended = not caller.is_alive()
+    release.set()
+    for future in futures:
+        future.result(PATIENCE_S)
+    assert ended
+    assert sorted(done) == list(range(20))
+
+
 @pytest.mark.parametrize("num_threads", SIZES)
 def test_many_callers_at_once_all_end(make_crew, num_threads):
     crew = make_crew(num_threads)

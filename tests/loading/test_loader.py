@@ -174,6 +174,18 @@ def test_chains_deeper_than_pythons_stack_end_too(make_crew, num_threads):
     assert all(stage.stats().errors == 0 for stage in stages)
 
 
+@pytest.mark.parametrize("max_bytes", [0, 100, 1000])
+def test_a_long_chain_needs_no_room_in_the_cache(max_bytes):
+    """What is held on the way down is held by whoever computes, evicted or not."""
+    cache = ci.CellCache(max_bytes)
+    image = np.arange(20)
+    stages = chain(image, 200, (20,), cache=cache)
+    for level in (200, 198, 200):
+        result = stages[level - 1].load(0)
+        np.testing.assert_array_equal(result, chain_expected(image, level))
+        assert cache.bytes <= max_bytes
+
+
 def test_a_long_chain_computes_only_the_cells_that_a_read_needs():
     """One cell of 200, at the border, from where ``wrap`` leads to the other end."""
     for boundary in ("none", "wrap", "reflect"):

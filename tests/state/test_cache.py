@@ -558,6 +558,7 @@ def test_the_heap_does_not_grow_without_bound(owner):
         for index in range(50):
             shelf.get(index, load_of(10))
         shelf.invalidate(set(range(50)))
+    assert len(cache._heap) <= 200
     for round_ in range(2000):
         shelf.get(round_ % 150, load_of(10))
     assert len(cache._heap) <= 400
