@@ -49,13 +49,12 @@ def memory(lab: Lab) -> Iterator[Line]:
     # the memory allocator gives back late, and SciPy works in lines of float64.
     cell = 16 if lab.quick else 64
     padded, chunk = (cell + 2 * HALO) ** 3 * 4, cell**3 * 4
-    cache = 256 * MIB
+    cache, blocks = 256 * MIB, f"{cell + 2 * HALO}³ + {cell}³"
     bounds = {
         "numpy": (2 * CORES * padded, f"{CORES} workers × {cell + 2 * HALO}³ × 4 bytes × 2"),
         "zarr": (
             cache + 2 * CORES * 2 * (padded + chunk),
-            f"chunk cache of {cache // MIB} MiB + {CORES} workers × 2 × "
-            f"({cell + 2 * HALO}³ + {cell}³) × 4 bytes × 2",
+            f"{cache // MIB} MiB of chunks + {CORES} workers × 2 × ({blocks}) × 4 bytes × 2",
         ),
     }
     for source, (bound, formula) in bounds.items():

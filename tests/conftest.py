@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -65,9 +64,25 @@ def _no_leaks():
 def _belongs_to_a_pool(thread: threading.Thread) -> bool:
     # Pools of the process: the library's crew, dask's, zarr's event loop, distributed's and
     # tqdm's helpers. They are shared and stay.
-    names = ("cellimg", "ThreadPoolExecutor", "zarr", "Dask", "Profile", "IO loop", "Tornado",
-             "asyncio", "tqdm", "TCP-Executor", "AsyncProcess", "Watch", "QueueManager",
-             "Tcp", "ExecutorManager", "Comm", "Timer")
+    names = (
+        "cellimg",
+        "ThreadPoolExecutor",
+        "zarr",
+        "Dask",
+        "Profile",
+        "IO loop",
+        "Tornado",
+        "asyncio",
+        "tqdm",
+        "TCP-Executor",
+        "AsyncProcess",
+        "Watch",
+        "QueueManager",
+        "Tcp",
+        "ExecutorManager",
+        "Comm",
+        "Timer",
+    )
     return thread.daemon or thread.name.startswith(names)
 
 
@@ -76,4 +91,4 @@ def open_descriptors():
     """Return a function that counts this process' open file descriptors."""
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("counting descriptors needs /proc")
-    return lambda: len(os.listdir("/proc/self/fd"))
+    return lambda: len(list(Path("/proc/self/fd").iterdir()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -172,13 +172,35 @@ class CellGrid:
             ),
         )
 
-    def axis_cells(self, axis: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-        """Return (position, start, stop) of the cells that meet ``low .. high`` on an axis."""
-        size, extent = self.cell_shape[axis], self.shape[axis]
-        if low < high:
-            for position in range(low // size, -(-high // size)):
-                start = position * size
-                yield position, start, min(start + size, extent)
+    def axis_parts(
+        self, axis: int, low: int, high: int
+    ) -> tuple[Sequence[int], Sequence[slice], Sequence[slice]]:
+        """Cut ``low .. high``, which lies in the axis, into its parts in the cells.
+
+        Returns
+        -------
+        positions, within_cell, within_interval : sequences
+            One item per cell: its position, and the part's slices in the cell and the interval.
+        """
+        if low >= high:
+            return (), (), ()
+        size = self.cell_shape[axis]
+        first, last = low // size, (high - 1) // size
+        begin, end = low - first * size, high - last * size
+        if first == last:
+            return (first,), (slice(begin, end),), (slice(0, high - low),)
+        inner = last - first - 1
+        edge = size - begin
+        stop = edge + inner * size
+        return (
+            range(first, last + 1),
+            [slice(begin, size), *[slice(0, size)] * inner, slice(0, end)],
+            [
+                slice(0, edge),
+                *[slice(at, at + size) for at in range(edge, stop, size)],
+                slice(stop, stop + end),
+            ],
+        )
 
     def _check_index(self, index: SupportsIndex) -> int:
         number = as_int(index, "cell index")

@@ -31,8 +31,10 @@ class TileGrid(Protocol):
         """What one step along each axis adds to the flat index."""
         ...
 
-    def axis_cells(self, axis: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-        """Return (position, start, stop) of the cells that meet ``low .. high``."""
+    def axis_parts(
+        self, axis: int, low: int, high: int
+    ) -> tuple[Sequence[int], Sequence[slice], Sequence[slice]]:
+        """Return positions, slices within the cells and slices within ``low .. high``."""
         ...
 
 
@@ -54,13 +56,21 @@ class IrregularGrid:
             prod(self.grid_shape[axis + 1 :]) for axis in range(len(self.grid_shape))
         )
 
-    def axis_cells(self, axis: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-        """Return (position, start, stop) of the cells that meet ``low .. high``."""
+    def axis_parts(
+        self, axis: int, low: int, high: int
+    ) -> tuple[Sequence[int], Sequence[slice], Sequence[slice]]:
+        """Cut ``low .. high``, which lies in the axis; see `CellGrid.axis_parts`."""
         bounds = self._bounds[axis]
+        positions, sources, targets = [], [], []
         position = bisect_right(bounds, low) - 1
         while low < high and bounds[position] < high:
-            yield position, bounds[position], bounds[position + 1]
+            start, stop = max(low, bounds[position]), min(high, bounds[position + 1])
+            if start < stop:
+                positions.append(position)
+                sources.append(slice(start - bounds[position], stop - bounds[position]))
+                targets.append(slice(start - low, stop - low))
             position += 1
+        return positions, sources, targets
 
     def position(self, index: int) -> tuple[int, ...]:
         """Return the position of a flat index."""
@@ -90,21 +100,15 @@ def tiles(
     parts : iterator of (index, within_cell, within_box)
         Flat index of the cell, and the part's slices in the cell's array and in the box's.
     """
-    offsets: list[list[int]] = []
-    sources: list[list[slice]] = []
-    targets: list[list[slice]] = []
+    offsets: list[Sequence[int]] = []
+    sources: list[Sequence[slice]] = []
+    targets: list[Sequence[slice]] = []
     for axis, (start, stop) in enumerate(zip(low, high, strict=True)):
+        positions, source, target = grid.axis_parts(axis, start, stop)
         stride = grid.strides[axis]
-        offset, source, target = [], [], []
-        for position, first, last in grid.axis_cells(axis, start, stop):
-            a = start if start > first else first
-            b = stop if stop < last else last
-            offset.append(position * stride)
-            source.append(slice(a - first, b - first))
-            target.append(slice(a - start, b - start))
+        offsets.append([position * stride for position in positions])
         sources.append(source)
         targets.append(target)
-        offsets.append(offset)
     count = prod(map(len, offsets))
     return count, zip(_sums(offsets), product(*sources), product(*targets), strict=True)
 

@@ -2,8 +2,9 @@
 
 A cell is computed by a few nested calls for each image of its chain. Past a certain length the
 cells of some images on the way, the pillars, are loaded first, lowest image first, and held
-until the cell is done; so no call nests deeper than the distance between two pillars. Only cells
-that would be loaded anyhow are: nothing is rounded up, and what is held needs nothing above it.
+until the inputs of the cell are read; so no call nests deeper than the distance between two
+pillars. Only cells that would be loaded anyhow are: nothing is rounded up, and what is held needs
+nothing above it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from cellimg_dask.loading.crew import Crew
 from cellimg_dask.loading.readers import Reader
 from cellimg_dask.state.cache import Shelf
 
-__all__ = ["supported"]
+__all__ = ["PILLAR_DISTANCE", "supported"]
 
 # About fifteen calls for each image; Python allows a thousand, and the caller has used some.
-_PILLAR_DISTANCE = 20
+PILLAR_DISTANCE = 20
+"""Number of images between two pillars."""
 
 
 class ChainLoader(Protocol):
@@ -62,7 +64,7 @@ _mine = _Mine()
 
 
 class supported:  # noqa: N801 - a context manager, used like a function
-    """Hold the pillars of a cell while it is computed; nothing for chains of usual length."""
+    """Hold the pillars of a cell while its inputs are read; for chains above that distance."""
 
     __slots__ = ("_held", "_loader", "_opened", "_plan")
 
@@ -74,12 +76,10 @@ class supported:  # noqa: N801 - a context manager, used like a function
 
     def __enter__(self) -> None:
         loader = self._loader
-        if loader.depth <= _PILLAR_DISTANCE:
-            return
         if any(loader in chain for chain in _mine.chains):
             # On the way already. A pillar looks whether the next one still stands: it may have
             # been forgotten because of a change.
-            if loader.depth % _PILLAR_DISTANCE == 0:
+            if loader.depth % PILLAR_DISTANCE == 0:
                 self._load_pillars(only_next=True)
             return
         _mine.chains.append(set(loader.ancestry()))
@@ -103,7 +103,7 @@ class supported:  # noqa: N801 - a context manager, used like a function
         pillars = []
         while waiting:
             _, _, loader = heappop(waiting)
-            is_pillar = loader.depth % _PILLAR_DISTANCE == 0
+            is_pillar = loader.depth % PILLAR_DISTANCE == 0
             missing = []
             for index in sorted(needed[loader]):
                 value = loader.shelf.peek(index)

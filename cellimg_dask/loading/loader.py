@@ -21,7 +21,7 @@ from cellimg_dask.blocks.functions import BlockFunction
 from cellimg_dask.blocks.plan import Box, CellPlan, Planner
 from cellimg_dask.geometry import CellGrid, Roi, tiles
 from cellimg_dask.loading.crew import Crew, get_crew
-from cellimg_dask.loading.deep import supported
+from cellimg_dask.loading.deep import PILLAR_DISTANCE, supported
 from cellimg_dask.loading.readers import (
     AbsentReader,
     ChunkedReader,
@@ -257,8 +257,7 @@ class CellLoader:
     def compute_owned(self, index: int, readers: Sequence[Reader] | None = None) -> NDArray[Any]:
         """Compute a cell, past the cache, into an array that nobody else holds."""
         plan = self.plan(index)
-        with supported(self, plan):
-            result = self._compute(plan, self.readers if readers is None else readers, None)
+        result = self._compute(plan, self.readers if readers is None else readers, None)
         if self.function.fresh:
             return result
         # A copy: the function may have returned a view of its input, or a buffer that it will
@@ -276,7 +275,11 @@ class CellLoader:
             ``out`` if given, else an array that may be a view, even of an input, and may have
             another dtype that the image's can hold.
         """
-        inputs = tuple([self._read(plan, number, reader) for number, reader in enumerate(readers)])
+        if self.depth > PILLAR_DISTANCE:
+            with supported(self, plan):
+                inputs = self._read_all(plan, readers)
+        else:
+            inputs = self._read_all(plan, readers)
         result = self.function.apply(plan, inputs, self.params, self.dtype, out)
         if out is not None and result is not out:
             out[...] = result
@@ -295,7 +298,7 @@ class CellLoader:
         plan = self.plan(index)
         began = perf_counter()
         try:
-            with inside(flight), supported(self, plan):
+            with inside(flight):
                 if target.shape == plan.shape:
                     self._compute(plan, self.readers, target)
                 else:
@@ -304,6 +307,9 @@ class CellLoader:
             self.shelf.record(0.0, failed=True)
             raise
         self.shelf.record(perf_counter() - began)
+
+    def _read_all(self, plan: CellPlan, readers: Sequence[Reader]) -> tuple[NDArray[Any], ...]:
+        return tuple([self._read(plan, number, reader) for number, reader in enumerate(readers)])
 
     def _read(self, plan: CellPlan, number: int, reader: Reader) -> NDArray[Any]:
         item = self.planner.inputs[number]

@@ -377,13 +377,16 @@ class Shelf:
         less work.
         """
         cache = self.cache
-        with cache._lock:
-            known = self._entries.keys() | self._flights.keys() | self._living.keys()
-        # Membership may be the user's code (an index map), so no lock is held meanwhile. What
-        # begins after the lock was released reads what is new.
-        if indices is not None:
-            few = len(indices) < len(known)
-            known = known.intersection(indices) if few else {i for i in known if i in indices}
+        tables: tuple[dict[int, Any], ...] = (self._entries, self._flights, self._living)
+        # Asking ``indices`` may be the user's code (an index map), so no lock is held meanwhile.
+        # What begins between the locks reads what is new already.
+        if indices is not None and len(indices) < sum(map(len, tables)):
+            known = list(indices)
+        else:
+            with cache._lock:
+                known = [index for table in tables for index in table]
+            if indices is not None:
+                known = [index for index in known if index in indices]
         with cache._lock:
             for index in known:
                 self._forget(index)

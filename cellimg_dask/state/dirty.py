@@ -90,7 +90,7 @@ def cells_meeting(grid: CellGrid | TileGrid, region: Region) -> CellProduct:
                 {
                     position
                     for low, high in intervals
-                    for position, _, _ in grid.axis_cells(axis, max(low, 0), min(high, extent))
+                    for position in grid.axis_parts(axis, max(low, 0), min(high, extent))[0]
                 }
             )
             for axis, (intervals, extent) in enumerate(zip(region, grid.shape, strict=True))
