@@ -55,7 +55,7 @@ class CacheStats:
 
 
 class _Entry:
-    __slots__ = ("index", "nbytes", "priority", "rate", "seconds", "shelf", "value")
+    __slots__ = ("index", "nbytes", "priority", "rate", "seconds", "shelf", "used", "value")
 
     def __init__(self, shelf: Shelf, index: int, value: NDArray[Any], seconds: float) -> None:
         self.shelf: Shelf | None = shelf  # None once the entry has left the cache
@@ -63,8 +63,9 @@ class _Entry:
         self.value = value
         self.nbytes = value.nbytes
         self.seconds = seconds
-        self.rate = seconds / max(value.nbytes, 1)
+        self.rate = shelf.rate_of(seconds, value.nbytes)
         self.priority = 0.0
+        self.used = 0
 
 
 class _Living(weakref.ref["NDArray[Any]"]):
@@ -102,7 +103,7 @@ class CellCache:
         self._bytes = 0
         self._floor = 0.0
         self._heap: list[tuple[float, int, _Entry]] = []
-        self._pushes = 0
+        self._uses = 0
         self._shelves: set[Shelf] = set()
         self._departed: list[Shelf] = []
         self._past = CacheStats()
@@ -125,9 +126,14 @@ class CellCache:
             self._max_bytes = bound
             self._make_room(0)
 
-    def shelf(self, owner: object) -> Shelf:
-        """Return a new, empty shelf; it leaves the cache when ``owner`` is collected."""
-        shelf = Shelf(self)
+    def shelf(self, owner: object, *, alike: bool = False) -> Shelf:
+        """Return a new, empty shelf; it leaves the cache when ``owner`` is collected.
+
+        ``alike`` says that its cells cost much the same for their size, as the chunks of a store
+        do. Then the first one's price is everybody's: among themselves they leave by last use,
+        and noise in the measured times does not decide.
+        """
+        shelf = Shelf(self, alike=alike)
         with self._lock:
             self._shelves.add(shelf)
         weakref.finalize(owner, self._depart, shelf).atexit = False
@@ -178,15 +184,20 @@ class CellCache:
             return
         self._make_room(entry.nbytes)
         self._bytes += entry.nbytes
-        entry.priority = self._floor + entry.rate
+        self._use(entry)
         self._push(entry)
         assert entry.shelf is not None
         entry.shelf._entries[entry.index] = entry
 
     def _push(self, entry: _Entry) -> None:
-        # The number decides among equals (oldest first) before entries would be compared.
-        self._pushes += 1
-        heapq.heappush(self._heap, (entry.priority, self._pushes, entry))
+        # Among equals the one unused for longest goes first; no two have the same number.
+        heapq.heappush(self._heap, (entry.priority, entry.used, entry))
+
+    def _use(self, entry: _Entry) -> None:
+        # Only noted here; the heap learns of it when the entry comes up for eviction.
+        self._uses += 1
+        entry.used = self._uses
+        entry.priority = self._floor + entry.rate
 
     def _bury(self) -> None:
         while self._departed:
@@ -201,11 +212,10 @@ class CellCache:
         if self._departed:
             self._bury()
         while self._bytes + nbytes > self._max_bytes:
-            priority, _, entry = heapq.heappop(self._heap)
+            priority, used, entry = heapq.heappop(self._heap)
             if entry.shelf is None:
                 continue
-            if entry.priority > priority:
-                # Used since it was pushed: hits only note the new priority.
+            if entry.used > used:
                 self._push(entry)
                 continue
             self._floor = priority
@@ -236,15 +246,26 @@ class Shelf:
     Thread-safe; shares the lock of its cache.
     """
 
-    def __init__(self, cache: CellCache) -> None:
+    def __init__(self, cache: CellCache, *, alike: bool = False) -> None:
         self.cache = cache
         """The cache that holds the budget."""
+        self._alike = alike
+        self._rate: float | None = None
         self.gone = False
         """Whether the owner was collected: nothing is kept any more."""
         self._entries: dict[int, _Entry] = {}
         self._flights: dict[int, Flight] = {}
         self._living: dict[int, _Living] = {}
         self._stats = CacheStats()
+
+    def rate_of(self, seconds: float, nbytes: int) -> float:
+        """Return the price of a cell in seconds per byte."""
+        rate = seconds / max(nbytes, 1)
+        if not self._alike:
+            return rate
+        if self._rate is None:
+            self._rate = rate
+        return self._rate
 
     def peek(self, index: int) -> NDArray[Any] | None:
         """Return a cell that is held, else None; nothing is computed, counted or moved."""
@@ -260,14 +281,13 @@ class Shelf:
         entries = self._entries
         values: list[NDArray[Any] | None] = []
         with cache._lock:
-            floor = cache._floor
             hits = 0
             for index in indices:
                 entry = entries.get(index)
                 if entry is None:
                     values.append(None)
                 else:
-                    entry.priority = floor + entry.rate
+                    cache._use(entry)
                     values.append(entry.value)
                     hits += 1
             self._stats.hits += hits
@@ -302,7 +322,7 @@ class Shelf:
                 entry = self._entries.get(index)
                 if entry is not None:
                     self._stats.hits += 1
-                    entry.priority = cache._floor + entry.rate
+                    cache._use(entry)
                     return entry.value
                 flight = self._flights.get(index)
                 if flight is None:
