@@ -14,7 +14,15 @@ from typing import Any
 
 from cellimg_dask.geometry import Roi
 
-__all__ = ["BlockError", "CellimgError", "CycleError", "InitError", "ReadError", "ResultError"]
+__all__ = [
+    "BlockError",
+    "CellimgError",
+    "CycleError",
+    "InitError",
+    "ReadError",
+    "ResultError",
+    "describe",
+]
 
 
 class CellimgError(Exception):
@@ -52,13 +60,21 @@ class CellError(CellimgError):
         return error
 
 
+def describe(error: BaseException) -> str:
+    """Return type and message of an exception, also of one that cannot say what it is."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__} (its message cannot be shown)"
+
+
 def _packed(cause: BaseException | None) -> tuple[bytes | None, str]:
     """Return a cause as bytes, and as text for where these cannot be read."""
     if cause is None:
         return None, ""
     import cloudpickle
 
-    text = f"{type(cause).__name__}: {cause}"
+    text = describe(cause)
     try:
         # An exception's class may live in a notebook, which plain pickle does not send.
         return cloudpickle.dumps(cause), text

@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
-from cellimg_dask.blocks.errors import BlockError, CellimgError, InitError, ResultError
+from cellimg_dask.blocks.errors import (
+    BlockError,
+    CellimgError,
+    InitError,
+    ResultError,
+    describe,
+)
 from cellimg_dask.blocks.plan import CellPlan
 
 __all__ = ["ArrayFunction", "BlockCode", "BlockFunction", "FillFunction", "function_name"]
@@ -70,9 +76,7 @@ def _call(
         # A failure of an image that the function itself reads, or of its init, named already.
         raise
     except (Exception, SystemExit) as error:
-        raise BlockError(
-            name, plan.position, plan.roi, f"{type(error).__name__}: {error}"
-        ) from error
+        raise BlockError(name, plan.position, plan.roi, describe(error)) from error
 
 
 class ArrayFunction:
@@ -163,7 +167,8 @@ class FillFunction:
         out: NDArray[Any] | None,
     ) -> NDArray[Any]:
         """Call ``function(block)``; see `BlockFunction.apply`."""
-        if out is None:
+        if out is None or not out.flags.carray:
+            # Reshaping block.data has to give a view, as it does for any new array.
             out = np.zeros(plan.shape, dtype)
         else:
             out[...] = np.zeros((), dtype)

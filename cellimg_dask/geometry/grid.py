@@ -172,6 +172,11 @@ class CellGrid:
             ),
         )
 
+    def axis_positions(self, axis: int, low: int, high: int) -> range:
+        """Return the positions of the cells that meet ``low .. high``, which lies in the axis."""
+        size = self.cell_shape[axis]
+        return range(low // size, -(-high // size)) if low < high else range(0)
+
     def axis_parts(
         self, axis: int, low: int, high: int
     ) -> tuple[Sequence[int], Sequence[slice], Sequence[slice]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -230,8 +231,9 @@ def _slice_bounds(item: slice, axis: int, extent: int) -> tuple[int, int]:
 
 def _position(item: Any, axis: int, extent: int) -> int:
     if item is None or isinstance(item, (bool, list)) or getattr(item, "ndim", 0) != 0:
+        what = f"of type {type(item).__name__}" if hasattr(item, "ndim") else reprlib.repr(item)
         raise TypeError(
-            f"index {item!r} on axis {axis}: a lazy image takes integers, slices, '...' or a "
+            f"index {what} on axis {axis}: a lazy image takes integers, slices, '...' or a "
             f"Roi; use image.to_dask() for masks, lists and new axes"
         )
     number = as_int(item, f"the index on axis {axis}")

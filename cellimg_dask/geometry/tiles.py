@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, product
 from math import prod
@@ -31,6 +31,10 @@ class TileGrid(Protocol):
         """What one step along each axis adds to the flat index."""
         ...
 
+    def axis_positions(self, axis: int, low: int, high: int) -> range:
+        """Return the positions of the cells that meet ``low .. high``."""
+        ...
+
     def axis_parts(
         self, axis: int, low: int, high: int
     ) -> tuple[Sequence[int], Sequence[slice], Sequence[slice]]:
@@ -54,6 +58,15 @@ class IrregularGrid:
         self.grid_shape = tuple(len(sizes) for sizes in self.chunks)
         self.strides = tuple(
             prod(self.grid_shape[axis + 1 :]) for axis in range(len(self.grid_shape))
+        )
+
+    def axis_positions(self, axis: int, low: int, high: int) -> range:
+        """Return the positions of the cells that meet ``low .. high``, which lies in the axis."""
+        bounds = self._bounds[axis]
+        return (
+            range(bisect_right(bounds, low) - 1, bisect_left(bounds, high))
+            if low < high
+            else range(0)
         )
 
     def axis_parts(

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["CellImg"]
 
 
+_DASK_METHODS = frozenset(
+    ("rechunk", "store", "to_zarr", "map_blocks", "map_overlap", "blocks", "npartitions", "vindex")
+)
+
+
 class CellImg(NDArrayOperatorsMixin):
     """A lazy image: cells are computed when they are read, once, and kept in a cache.
 
@@ -79,6 +84,20 @@ class CellImg(NDArrayOperatorsMixin):
         """Cell sizes along each axis, as dask writes chunks."""
         return self.grid.chunks
 
+    def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ValueError(
+                f"the truth of an image of {self.size} voxels is ambiguous; "
+                f"use image.to_dask().any() or .all()"
+            )
+        return bool(self[...].item())
+
+    def __getattr__(self, name: str) -> Any:
+        hint = ""
+        if not name.startswith("_") and (hasattr(np.ndarray, name) or name in _DASK_METHODS):
+            hint = f"; use image.to_dask().{name}, or numpy.asarray(image).{name}"
+        raise AttributeError(f"a lazy image has no attribute {name!r}{hint}", name=name, obj=self)
+
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("len() of an image without axes")
@@ -129,7 +148,7 @@ class CellImg(NDArrayOperatorsMixin):
             raise ValueError("out is read-only; give a writable array")
         if not np.can_cast(self.dtype, out.dtype, "safe"):
             raise ValueError(f"out has dtype {out.dtype}, which cannot hold {self.dtype}")
-        if out.dtype == self.dtype and out.dtype.isnative:
+        if out.dtype == self.dtype and out.dtype.isnative and not self.loader.reads_from(out):
             self.loader.read(box.start, box.stop, out)
         else:
             out[...] = self[box]
@@ -253,6 +272,16 @@ class CellImg(NDArrayOperatorsMixin):
     # ------------------------------------------------------------------ NumPy
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        out = kwargs.get("out", ())
+        if any(isinstance(array, np.ndarray) for array in out):
+            # Somebody's array is to be written, so there is nothing to be lazy about.
+            arrays = [np.asarray(v) if isinstance(v, CellImg) else v for v in inputs]
+            return getattr(ufunc, method)(*arrays, **kwargs)
+        if method != "__call__":
+            raise TypeError(
+                f"numpy.{ufunc.__name__}.{method} has no lazy form; use a function such as "
+                f"numpy.sum(image), or numpy.asarray(image)"
+            )
         lazy = [_lazy(value) for value in inputs]
         return getattr(ufunc, method)(*lazy, **{k: _lazy(v) for k, v in kwargs.items()})
 

@@ -87,7 +87,10 @@ def _reader_token(reader: Reader) -> Any:
     if isinstance(reader, ImageReader):
         return _own_name(reader.loader)
     array = getattr(reader, "array", reader)
-    return array.name if isinstance(array, da.Array) else array
+    if isinstance(array, da.Array):
+        return array.name
+    # A store's handle does not say what is in it, so at least what it was told counts.
+    return array, getattr(reader, "edition", 0)
 
 
 def _is_dask(reader: Reader) -> bool:
@@ -187,6 +190,8 @@ def _given_reader(
     dtype = reader.dtype
 
     def tile(index: int) -> NDArray[Any]:
+        if np.ma.is_masked(given[number, index]):
+            raise TypeError("a dask chunk is a masked array, whose mask would be lost; fill it")
         chunk = np.asarray(given[number, index])
         if native(chunk.dtype) != native(dtype):
             raise TypeError(

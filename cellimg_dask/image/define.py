@@ -60,8 +60,9 @@ def map_cells(
         ``shape``, ``dtype`` and ``__getitem__``. Shapes are equal or broadcast as in NumPy;
         `Input` gives an input its own halo, boundary or mapping.
     halo : int, per-axis ints, or per-axis (before, after) pairs
-        Extra voxels that a block reads, in axes of the inputs; any width. Where ``shrink`` is
-        above 1 it is rounded up to a multiple, so that blocks stay in phase.
+        Extra voxels that a block reads, in axes of the inputs; any width. One width for all
+        axes leaves out those of ``drop_axis``. Where ``shrink`` is above 1 it is rounded up to a
+        multiple, so that blocks stay in phase.
     boundary : {"none", "constant", "reflect", "symmetric", "edge", "wrap"}
         What lies beyond the image. ``"none"`` clips the halo there, so a local function with
         its own border handling gives the whole-image result; the others mean what
@@ -75,7 +76,7 @@ def map_cells(
         Cell shape in voxels of the result. Default: the chunks of the first input that has any
         (cells for a lazy image), else about a million voxels.
     params : mapping, optional
-        Keyword arguments for ``f``.
+        Keyword arguments for ``f``; the same objects for all cells, so ``f`` must not change them.
     drop_axis : int or ints
         Axes of the inputs that the result lacks; every cell reads their whole extent.
     new_axis : mapping of int to int, optional
@@ -84,7 +85,8 @@ def map_cells(
         Factor by which ``f`` makes each axis of its input smaller: an axis of ``n`` voxels
         becomes ``ceil(n / factor)``.
     cache : "shared", CellCache or None
-        Where cells are kept; None keeps nothing.
+        Where cells are kept; None keeps nothing, so an image that reads from this one makes it
+        compute a cell again for each neighbour.
 
     Returns
     -------
@@ -107,7 +109,8 @@ def map_cells(
     if isinstance(f, BlockCode):
         raise TypeError("BlockCode writes into a block: use fill_cells(code, grid, *inputs, …)")
     if not callable(f):
-        raise TypeError(f"f must be callable, got {type(f).__name__}")
+        hint = "; the function comes first" if any(map(callable, inputs)) else ""
+        raise TypeError(f"f must be callable, got {type(f).__name__}{hint}")
     if not inputs:
         raise TypeError("map_cells needs at least one input; fill_cells makes images from none")
     items = [as_input(value) for value in inputs]
@@ -147,7 +150,7 @@ def map_cells(
     plans = []
     for number, item in enumerate(items):
         if item.index_map is None:
-            plans.append(_plan_linked(item, number, whole, links, main_halo, boundary, fill_value))
+            plans.append(_plan_linked(item, number, whole, links, halo, boundary, fill_value))
         else:
             wide: HaloLike = main_halo if len(item.shape) == len(whole) else halo
             plans.append(item.plan(number, None, wide, boundary, fill_value))
@@ -211,7 +214,10 @@ def fill_cells(
     if not callable(f):
         raise TypeError(f"f must be callable or a BlockCode, got {type(f).__name__}")
     if not isinstance(grid, CellGrid):
-        raise TypeError(f"grid must be a CellGrid, got {type(grid).__name__}")
+        raise TypeError(
+            f"grid must be a CellGrid, got {type(grid).__name__}; "
+            f"make one by CellGrid(shape, cell_shape)"
+        )
     if dtype is None:
         raise TypeError("fill_cells cannot know the dtype: give dtype=…")
     items = [as_input(value) for value in inputs]
@@ -220,9 +226,7 @@ def fill_cells(
     plans = []
     for number, item in enumerate(items):
         if item.index_map is None:
-            plans.append(
-                _plan_linked(item, number, grid.shape, links, main_halo, boundary, fill_value)
-            )
+            plans.append(_plan_linked(item, number, grid.shape, links, halo, boundary, fill_value))
         else:
             wide: HaloLike = main_halo if len(item.shape) == grid.ndim else halo
             plans.append(item.plan(number, None, wide, boundary, fill_value))
@@ -234,31 +238,32 @@ def _plan_linked(
     number: int,
     whole: tuple[int, ...],
     links: Sequence[AxisLink],
-    halo: Halo,
+    halo: HaloLike,
     boundary: str,
     fill_value: Any,
 ) -> InputPlan:
     """Plan an input whose axes follow the image's."""
-    shape = item.shape
-    own_links, stretched = follow(shape, whole, links, number)
-    skip = len(whole) - len(shape)
-    inherited = Halo(halo.before[skip:], halo.after[skip:])
+    own_links, stretched = follow(item.shape, whole, links, number)
+    main, skip = Halo.of(halo, len(whole)), len(whole) - len(item.shape)
+    inherited = Halo(main.before[skip:], main.after[skip:])
     plan = item.plan(number, own_links, inherited, boundary, fill_value)
-    # Rounded up, so that a block begins where a step of the whole image begins.
-    factors = [link.factor for link in own_links]
-    return replace(
-        plan,
-        halo=Halo(
-            tuple(
-                0 if wide and item.halo is None else -(-width // f) * f
-                for width, f, wide in zip(plan.halo.before, factors, stretched, strict=True)
-            ),
-            tuple(
-                0 if wide and item.halo is None else -(-width // f) * f
-                for width, f, wide in zip(plan.halo.after, factors, stretched, strict=True)
-            ),
-        ),
-    )
+    # An inherited halo is not meant for an axis of length 1 that is broadcast, and one width
+    # for all axes not for those that are read whole.
+    given = halo if item.halo is None else item.halo
+    one_width = not isinstance(given, (Halo, Iterable))
+    bare = [
+        (wide and item.halo is None) or (link.axis is None and one_width)
+        for wide, link in zip(stretched, own_links, strict=True)
+    ]
+
+    def widths(side: tuple[int, ...]) -> tuple[int, ...]:
+        # Rounded up, so that a block begins where a step of the whole image begins.
+        return tuple(
+            0 if none else -(-width // link.factor) * link.factor
+            for width, link, none in zip(side, own_links, bare, strict=True)
+        )
+
+    return replace(plan, halo=Halo(widths(plan.halo.before), widths(plan.halo.after)))
 
 
 def _make(
@@ -412,6 +417,10 @@ def _annotated_dtype(f: Callable[..., Any]) -> np.dtype[Any] | None:
         result = typing.get_type_hints(f).get("return")
     except (NameError, TypeError, AttributeError):
         return None
+    # Since NumPy 2.5 NDArray is an alias that has to be asked for what it stands for.
+    alias = getattr(typing.get_origin(result), "__value__", None)
+    if alias is not None:
+        result = alias[typing.get_args(result)]
     for argument in typing.get_args(result):
         scalar = typing.get_args(argument)
         if typing.get_origin(argument) is np.dtype and scalar and isinstance(scalar[0], type):

@@ -24,6 +24,7 @@ from cellimg_dask.loading.crew import Crew, get_crew
 from cellimg_dask.loading.deep import PILLAR_DISTANCE, supported
 from cellimg_dask.loading.readers import (
     AbsentReader,
+    ArrayReader,
     ChunkedReader,
     Reader,
     TiledReader,
@@ -111,6 +112,14 @@ class CellLoader:
     def upstream(self) -> list[CellLoader]:
         """Return the loaders that this one reads from directly."""
         return [reader.loader for reader in self.readers if isinstance(reader, ImageReader)]
+
+    def reads_from(self, array: NDArray[Any]) -> bool:
+        """Whether some image of the chain reads memory that may be ``array``'s."""
+        return any(
+            isinstance(reader, ArrayReader) and np.may_share_memory(reader.array, array)
+            for loader in self.ancestry()
+            for reader in loader.readers
+        )
 
     def ancestry(self) -> list[CellLoader]:
         """Return all loaders that this one rests on, and itself, each after its own upstream."""

@@ -11,18 +11,19 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.plan import Box, Region
 from cellimg_dask.geometry import AxisWindow, CellGrid, IrregularGrid, TileGrid, tiles
-from cellimg_dask.state.cache import CellCache
+from cellimg_dask.state.cache import CellCache, get_cache
 from cellimg_dask.state.dirty import cells_meeting
 
 __all__ = [
     "AbsentReader",
+    "ArrayReader",
     "ChunkedReader",
     "Reader",
     "TiledReader",
@@ -124,6 +125,9 @@ class RegionReader:
         """Return the box as the array gives it."""
         return _checked(self.array[box], box, self.array).view()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make_reader, (_portable(self.array), get_cache())
+
 
 class TiledReader:
     """Reads from tiles that are made one by one: chunks of a store, cells of an image.
@@ -191,6 +195,8 @@ class ChunkedReader(TiledReader):
         cache: CellCache,
     ) -> None:
         self.array = array
+        self.edition = 0
+        """How often something was forgotten because the store changed."""
         self.shelf = cache.shelf(self, alike=True)
         self._decode = decode
         shelf = self.shelf
@@ -198,10 +204,11 @@ class ChunkedReader(TiledReader):
 
     def forget(self, region: Region | None) -> None:
         """Decode again what meets the region; None: everything."""
+        self.edition += 1
         self.shelf.invalidate(None if region is None else cells_meeting(self.grid, region))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return make_reader, (self.array, self.shelf.cache)
+        return make_reader, (_portable(self.array), self.shelf.cache)
 
 
 # Images of one store share its reader, and so its decoded chunks. A reader holds its array, so
@@ -228,6 +235,8 @@ def make_reader(array: Any, cache: CellCache) -> Reader:
         )
     if isinstance(array, np.ndarray):
         return ArrayReader(array)
+    if isinstance(array, _H5Path):
+        array = array.open()
     check_array(array)
     if type(array).__module__.partition(".")[0] == "xarray" and array.chunks is not None:
         array = array.data
@@ -245,7 +254,8 @@ def _new_reader(array: Any, cache: CellCache) -> Reader:
     module = type(array).__module__.partition(".")[0]
     if module == "tensorstore":
         return _tensorstore_reader(array, cache)
-    if module == "dask" or hasattr(array, "__dask_graph__"):
+    # An xarray without chunks has the protocol and no graph.
+    if hasattr(array, "__dask_graph__") and array.chunks is not None:
         return _dask_reader(array, cache)
     if module == "zarr":
         array = _Twin(array)
@@ -288,6 +298,30 @@ def check_array(array: Any) -> None:
         )
 
 
+class _H5Path(NamedTuple):
+    """Where an HDF5 dataset is; the dataset itself cannot be sent to another process."""
+
+    file: str
+    name: str
+
+    def open(self) -> Any:
+        import h5py
+
+        return h5py.File(self.file, "r")[self.name]
+
+
+def _portable(array: Any) -> Any:
+    """Return what can be sent to another process in place of ``array``."""
+    if type(array).__module__.partition(".")[0] != "h5py":
+        return array
+    if array.file.mode != "r":
+        raise TypeError(
+            f"HDF5 dataset {array.name!r} of {array.file.filename!r} is open for writing and "
+            f"cannot be read by other processes; open the file with mode='r'"
+        )
+    return _H5Path(array.file.filename, array.name)
+
+
 def _chunk_grid(chunks: Any, shape: tuple[int, ...]) -> CellGrid | IrregularGrid | None:
     """Return the grid of a store's chunks, or None where it has none that can be used."""
     if not isinstance(chunks, (tuple, list)) or len(chunks) != len(shape) or 0 in shape:
@@ -309,6 +343,11 @@ def _tile_box(grid: CellGrid | IrregularGrid, index: int) -> Box:
 
 def _checked(data: Any, box: Box, array: Any) -> NDArray[Any]:
     """Return what a store gave for a box as an array of just the shape and dtype it promises."""
+    if np.ma.is_masked(data):
+        raise TypeError(
+            f"{type(array).__name__} gave a masked array, whose mask would be lost; give it "
+            f"filled, and the mask as a second input"
+        )
     block = np.asarray(data)
     shape = tuple(part.stop - part.start for part in box)
     if block.shape != shape:

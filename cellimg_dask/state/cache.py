@@ -318,29 +318,33 @@ class Shelf:
         """
         cache = self.cache
         while True:
-            with cache._lock:
-                entry = self._entries.get(index)
-                if entry is not None:
-                    self._stats.hits += 1
-                    cache._use(entry)
-                    return entry.value
-                flight = self._flights.get(index)
-                if flight is None:
-                    found = self._find_living(index)
-                    if found is not None:
+            mine: Flight | None = None
+            try:
+                with cache._lock:
+                    entry = self._entries.get(index)
+                    if entry is not None:
                         self._stats.hits += 1
-                        return found
-                    flight = Flight(self, index)
-                    self._flights[index] = flight
-                    self._stats.misses += 1
-                    done = None
-                else:
-                    done = flight.prepare_join()
-            if done is None:
-                return self._load(flight, load)
+                        cache._use(entry)
+                        return entry.value
+                    flight = self._flights.get(index)
+                    if flight is None:
+                        found = self._find_living(index)
+                        if found is not None:
+                            self._stats.hits += 1
+                            return found
+                        flight = mine = Flight(self, index)
+                        self._flights[index] = mine
+                        self._stats.misses += 1
+                    else:
+                        done = flight.prepare_join()
+                if mine is not None:
+                    return self._load(mine, load)
+            finally:
+                if mine is not None and not mine.landed:
+                    self._abandon(mine)
             flight.join(done)
-            if flight.abandoned:
-                continue
+            if flight.error is None and flight.value is None:
+                continue  # Abandoned: the thread was interrupted.
             with cache._lock:
                 self._stats.joins += 1
             if flight.error is not None:
@@ -358,34 +362,36 @@ class Shelf:
                 value = load(flight.index)
             value = own(value)
             seconds = cache._timer() - began
+        except Exception as error:
             with cache._lock:
-                flight.value = value
-                self._stats.loads += 1
-                self._stats.load_seconds += seconds
+                flight.error = error
+                self._stats.errors += 1
                 self._forget_flight(flight)
-                if not (flight.stale or self.gone):
-                    cache._admit(_Entry(self, flight.index, value, seconds))
-        except BaseException as error:
-            with cache._lock:
-                if isinstance(error, Exception):
-                    flight.error = error
-                    self._stats.errors += 1
-                else:
-                    # Interrupted, perhaps after the load: who waits tries again.
-                    flight.abandoned = True
-                self._forget_flight(flight)
-            raise
-        finally:
             flight.land()
+            raise
+        with cache._lock:
+            flight.value = value
+            self._stats.loads += 1
+            self._stats.load_seconds += seconds
+            self._forget_flight(flight)
+            if not (flight.stale or self.gone):
+                cache._admit(_Entry(self, flight.index, value, seconds))
+        flight.land()
         return value
+
+    def _abandon(self, flight: Flight) -> None:
+        """Give up a flight whose thread was interrupted, at whatever point; who waits retries."""
+        with self.cache._lock:
+            self._forget_flight(flight)
+        flight.land()
 
     def record(self, seconds: float, *, failed: bool = False) -> None:
         """Count a load that went past the cache, straight into somebody's array."""
         with self.cache._lock:
+            self._stats.misses += 1
             if failed:
                 self._stats.errors += 1
             else:
-                self._stats.misses += 1
                 self._stats.loads += 1
                 self._stats.load_seconds += seconds
 

@@ -83,19 +83,13 @@ def region_of(roi: Roi) -> Region:
 
 def cells_meeting(grid: CellGrid | TileGrid, region: Region) -> CellProduct:
     """Return the cells of ``grid`` that share a voxel with ``region``."""
-    return CellProduct(
-        grid,
-        [
-            sorted(
-                {
-                    position
-                    for low, high in intervals
-                    for position in grid.axis_parts(axis, max(low, 0), min(high, extent))[0]
-                }
-            )
-            for axis, (intervals, extent) in enumerate(zip(region, grid.shape, strict=True))
-        ],
-    )
+    positions: list[Sequence[int]] = []
+    for axis, (intervals, extent) in enumerate(zip(region, grid.shape, strict=True)):
+        found = [
+            grid.axis_positions(axis, max(low, 0), min(high, extent)) for low, high in intervals
+        ]
+        positions.append(found[0] if len(found) == 1 else sorted(set().union(*found)))
+    return CellProduct(grid, positions)
 
 
 def affected_cells(planner: Planner, number: int, region: Region) -> CellProduct | CellTest:
@@ -111,12 +105,11 @@ def affected_cells(planner: Planner, number: int, region: Region) -> CellProduct
                 return CellProduct(grid, [[] for _ in grid.grid_shape])
         else:
             hit = _affected_positions(planner, item, number, axis, link.axis, intervals)
-            both = set(hit)
-            positions[link.axis] = (
-                hit
-                if len(positions[link.axis]) == grid.grid_shape[link.axis]
-                else [p for p in positions[link.axis] if p in both]
-            )
+            known = positions[link.axis]
+            if len(known) < grid.grid_shape[link.axis]:
+                both = set(known)
+                hit = [position for position in hit if position in both]
+            positions[link.axis] = hit
     return CellProduct(grid, positions)
 
 
@@ -127,13 +120,11 @@ def region_read(planner: Planner, number: int, cells: CellProduct | CellTest) ->
         return None
     region: list[tuple[Interval, ...]] = []
     for axis, link in enumerate(item.links):
-        if link.axis is None:
+        steps = None if link.axis is None else cells.positions[link.axis]
+        if link.axis is None or steps is None or len(steps) == cells.grid.grid_shape[link.axis]:
             region.append(((0, item.shape[axis]),))
         else:
-            windows = [
-                _window(planner, number, axis, link.axis, position)
-                for position in cells.positions[link.axis]
-            ]
+            windows = [_window(planner, number, axis, link.axis, position) for position in steps]
             region.append(tuple({span: None for window in windows for span in window.spans}))
     return tuple(region)
 
@@ -160,8 +151,14 @@ def touched_region(cells: CellProduct | CellTest) -> Region:
     if isinstance(cells, CellTest):
         return tuple(((0, extent),) for extent in grid.shape)
     assert isinstance(grid, CellGrid)
-    region = []
+    region: list[tuple[Interval, ...]] = []
     for axis, steps in enumerate(cells.positions):
+        if isinstance(steps, range):
+            low = min(steps.start * grid.cell_shape[axis], grid.shape[axis])
+            high = min(steps.stop * grid.cell_shape[axis], grid.shape[axis])
+            whole: tuple[Interval, ...] = ((low, high),) if low < high else ()
+            region.append(whole)
+            continue
         joined: list[Interval] = []
         for position in steps:
             low = position * grid.cell_shape[axis]

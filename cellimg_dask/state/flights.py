@@ -48,9 +48,9 @@ class Flight:
     __slots__ = (
         "_done",
         "_waiting",
-        "abandoned",
         "error",
         "index",
+        "landed",
         "owner",
         "parent",
         "stale",
@@ -68,8 +68,8 @@ class Flight:
         """Whether the cell was invalidated since: the value must not be published."""
         self.value: NDArray[Any] | None = None
         self.error: BaseException | None = None
-        self.abandoned = False
-        """Whether the thread was interrupted: who waited has to try again."""
+        self.landed = False
+        """Whether it is over; with neither value nor error it was interrupted."""
         # Made by the first thread that waits; most flights are never waited for.
         self._done: threading.Event | None = None
         self._waiting: list[Flight] = []
@@ -112,7 +112,8 @@ class Flight:
                 self._waiting.remove(mine)
 
     def land(self) -> None:
-        """Wake whoever waits."""
+        """Wake whoever waits; the owner must have forgotten the flight before."""
+        self.landed = True
         if self._done is not None:
             self._done.set()
 
