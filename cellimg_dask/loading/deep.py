@@ -25,7 +25,7 @@ from cellimg_dask.state.cache import Shelf
 __all__ = ["PILLAR_DISTANCE", "supported"]
 
 # About fifteen calls for each image; Python allows a thousand, and the caller has used some.
-PILLAR_DISTANCE = 20
+PILLAR_DISTANCE = 10
 """Number of images between two pillars."""
 
 
