@@ -84,11 +84,3 @@ def _belongs_to_a_pool(thread: threading.Thread) -> bool:
         "Timer",
     )
     return thread.daemon or thread.name.startswith(names)
-
-
-@pytest.fixture
-def open_descriptors():
-    """Return a function that counts this process' open file descriptors."""
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("counting descriptors needs /proc")
-    return lambda: len(list(Path("/proc/self/fd").iterdir()))
