@@ -90,11 +90,6 @@ class Halo:
         """Number of axes."""
         return len(self.before)
 
-    @property
-    def is_zero(self) -> bool:
-        """Whether no axis reads anything beyond the cell."""
-        return not (any(self.before) or any(self.after))
-
 
 HaloLike: TypeAlias = (
     SupportsIndex | Sequence[SupportsIndex | tuple[SupportsIndex, SupportsIndex]] | Halo

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from queue import SimpleQueue
 from time import perf_counter, thread_time
 from typing import Any, TypeVar
 
@@ -17,10 +20,16 @@ __all__ = ["Crew", "get_crew"]
 
 T = TypeVar("T")
 
-# A helper looks at its first items: below both limits they are tiny.
-_TRIAL_ITEMS = 16
-_TINY_CPU_S = 80e-6
-_TINY_WALL_S = 1e-3
+# Items are tiny where their caller alone does one in less time than this. Two threads would only
+# fight for the interpreter lock.
+_TINY_S = 80e-6
+# A helper looks on for so long before it joins in, then longer and longer.
+_FIRST_LOOK_S = 0.5e-3
+_LONGEST_LOOK_S = 20e-3
+# So often a helper asks itself whether its items have become tiny.
+_ITEMS_BETWEEN_DOUBTS = 32
+# What takes longer without using the processor waits for something.
+_WAITING_S = 250e-6
 
 
 class Crew:
@@ -36,7 +45,8 @@ class Crew:
 
     Notes
     -----
-    Thread-safe.
+    Thread-safe. The threads do not keep Python from ending: what they have begun is finished,
+    the rest of their list is not.
     """
 
     def __init__(self, num_threads: int | None = None) -> None:
@@ -44,10 +54,18 @@ class Crew:
             num_threads = usable_cores()
         self.num_threads = as_int(num_threads, "num_threads", minimum=1)
         """How many threads compute at the same time."""
-        self._lock = threading.Lock()
-        self._busy = 0
         self._mine = threading.local()
-        self._pool: ThreadPoolExecutor | None = None
+        self._begin()
+        _crews.add(self)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        # Who works. Weak, so that somebody who is interrupted at whatever point is not counted
+        # for ever.
+        self._busy: weakref.WeakSet[object] = weakref.WeakSet()
+        self._jobs: weakref.WeakSet[_Job] = weakref.WeakSet()
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -55,15 +73,16 @@ class Crew:
         if getattr(self._mine, "busy", False):
             yield
             return
+        worker = _Worker()
         with self._lock:
-            self._busy += 1
-        self._mine.busy = True
+            self._busy.add(worker)
         try:
+            self._mine.busy = True
             yield
         finally:
             self._mine.busy = False
             with self._lock:
-                self._busy -= 1
+                self._busy.discard(worker)
 
     def run(self, items: Iterable[T], work: Callable[[T], object], count: int) -> None:
         """Call ``work`` once for each of ``count`` items, in parallel where threads are idle.
@@ -77,22 +96,16 @@ class Crew:
             return
         with self.working():
             job = _Job(items, work)
-            helpers = []
-            for _ in range(self._hire(count - 1)):
-                try:
-                    helpers.append(self._submit(job))
-                except RuntimeError:
-                    # The interpreter is shutting down and starts no more threads.
-                    self._dismiss()
+            helpers: list[_Helper] = []
             try:
+                helpers = self._hire(job, count - 1)
+                for helper in helpers:
+                    self._start(helper)
                 job.drain()
             finally:
                 job.stop()
                 for helper in helpers:
-                    if helper.cancel():
-                        self._dismiss()
-                    else:
-                        helper.exception()
+                    helper.leave()
         if job.error is not None:
             raise job.error
 
@@ -102,56 +115,81 @@ class Crew:
         Inside a computation it runs at once, here: whoever waited there for a free thread might
         wait for one that waits for this computation.
         """
-        if current_flight() is not None:
-            done: Future[Any] = Future()
+        future: Future[Any] = Future()
+
+        def task() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
-                done.set_result(work())
-            except Exception as error:
-                done.set_exception(error)
-            return done
+                with self.working():
+                    result = work()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
 
-        def task() -> object:
-            with self.working():
-                return work()
-
-        return self._executor().submit(task)
+        if current_flight() is not None or not self._start(task):
+            task()
+        return future
 
     def close(self) -> None:
-        """End the threads; a later call starts new ones."""
+        """End the threads after what they are doing; a later call starts new ones."""
         with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown()
+            threads, self._threads = self._threads, []
+            tasks, self._tasks = self._tasks, SimpleQueue()
+        for _ in threads:
+            tasks.put(None)
+        for thread in threads:
+            thread.join()
 
-    def _hire(self, wanted: int) -> int:
+    def _hire(self, job: _Job, wanted: int) -> list[_Helper]:
         with self._lock:
-            hired = max(0, min(wanted, self.num_threads - self._busy))
-            self._busy += hired
-            return hired
+            self._jobs.add(job)
+            idle = self.num_threads - len(self._busy)
+            helpers = [_Helper(self, job) for _ in range(min(wanted, idle))]
+            self._busy.update(helpers)
+        return helpers
 
-    def _dismiss(self) -> None:
+    def _dismiss(self, helper: _Helper) -> None:
         with self._lock:
-            self._busy -= 1
+            self._busy.discard(helper)
 
-    def _submit(self, job: _Job) -> Future[None]:
-        flight = current_flight()
-
-        def help_out() -> None:
-            self._mine.busy = True
-            try:
-                with inside(flight):
-                    job.help()
-            finally:
-                self._mine.busy = False
-                self._dismiss()
-
-        return self._executor().submit(help_out)
-
-    def _executor(self) -> ThreadPoolExecutor:
+    def _start(self, task: Callable[[], object]) -> bool:
+        """Have a thread call ``task`` when one is free; False where no thread can be had."""
         with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.num_threads, "cellimg")
-            return self._pool
+            if len(self._threads) < self.num_threads:
+                name = f"cellimg-{len(self._threads)}"
+                thread = threading.Thread(
+                    target=_serve, args=(self._tasks,), name=name, daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # The interpreter is shutting down and starts no more threads.
+                    if not self._threads:
+                        return False
+                else:
+                    self._threads.append(thread)
+            self._tasks.put(task)
+        return True
+
+    def _abandon(self) -> None:
+        """Let the threads end after the items that they have begun, because Python ends."""
+        with self._lock:
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.stop(CancelledError("Python ends"))
+        self.close()
+
+
+def _serve(tasks: SimpleQueue[Callable[[], object] | None]) -> None:
+    while True:
+        task = tasks.get()
+        if task is None:
+            return
+        task()
+        # A thread that waits holds nothing of what it did.
+        del task
 
 
 class _Job:
@@ -162,36 +200,26 @@ class _Job:
         self._work = work
         self._lock = threading.Lock()
         self._stopped = False
+        self.ended = threading.Event()
+        """Set when there is nothing left to begin."""
+        self.by_caller = 0
+        """How many items the caller itself has done."""
         self.error: BaseException | None = None
 
     def drain(self) -> None:
-        """Take items until nothing is left."""
-        while self._take_one():
-            pass
+        """Take items until nothing is left; for the caller."""
+        while self.take_one():
+            self.by_caller += 1
 
-    def help(self) -> None:
-        """As `drain`, but leave tiny items to the caller.
-
-        Where an item is little more than interpreted code, a second thread only fights for the
-        interpreter lock and makes both slower.
-        """
-        cpu, wall = thread_time(), perf_counter()
-        for _ in range(_TRIAL_ITEMS):
-            if not self._take_one():
-                return
-        if (
-            thread_time() - cpu > _TRIAL_ITEMS * _TINY_CPU_S
-            or perf_counter() - wall > _TRIAL_ITEMS * _TINY_WALL_S
-        ):
-            self.drain()
-
-    def _take_one(self) -> bool:
+    def take_one(self) -> bool:
+        """Do one item; False if there is none, or the job has ended."""
         with self._lock:
             if self._stopped:
                 return False
             try:
                 item = next(self._items)
             except StopIteration:
+                self._end()
                 return False
             except BaseException as error:
                 self._fail(error)
@@ -204,14 +232,91 @@ class _Job:
             return False
         return True
 
-    def stop(self) -> None:
+    def stop(self, error: BaseException | None = None) -> None:
+        """Begin no further item; with ``error``, because of it."""
         with self._lock:
-            self._stopped = True
+            if error is not None and not self._stopped:
+                self._fail(error)
+            self._end()
 
     def _fail(self, error: BaseException) -> None:
-        self._stopped = True
         if self.error is None:
             self.error = error
+        self._end()
+
+    def _end(self) -> None:
+        self._stopped = True
+        self.ended.set()
+
+
+class _Worker:
+    """Somebody who works."""
+
+
+class _Helper(_Worker):
+    """A thread's part in a job: it looks on, joins in where that helps, and leaves."""
+
+    def __init__(self, crew: Crew, job: _Job) -> None:
+        self._crew = crew
+        self._job = job
+        self._flight = current_flight()
+        self._lock = threading.Lock()
+        self._came = False
+        self._left = threading.Event()
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._left.is_set():
+                return
+            self._came = True
+        mine = self._crew._mine
+        mine.busy = True
+        try:
+            with inside(self._flight):
+                self._help()
+        finally:
+            mine.busy = False
+            self._crew._dismiss(self)
+            self._left.set()
+
+    def leave(self) -> None:
+        """Wait until the thread has left the job; not at all if it never came."""
+        with self._lock:
+            if not self._came:
+                self._crew._dismiss(self)
+                self._left.set()
+        self._left.wait()
+
+    def _help(self) -> None:
+        look = _FIRST_LOOK_S
+        while not self._job.ended.is_set():
+            if self._needed(look):
+                look = _FIRST_LOOK_S
+                self._work()
+            else:
+                look = min(2 * look, _LONGEST_LOOK_S)
+
+    def _needed(self, look_s: float) -> bool:
+        """Look on for a while: whether the caller's items are worth a second thread."""
+        before, began = self._job.by_caller, perf_counter()
+        if self._job.ended.wait(look_s):
+            return False
+        done = self._job.by_caller - before
+        return done * _TINY_S <= perf_counter() - began
+
+    def _work(self) -> None:
+        """Take items until nothing is left, or they turn out to be tiny."""
+        while True:
+            cpu, wall = thread_time(), perf_counter()
+            for _ in range(_ITEMS_BETWEEN_DOUBTS):
+                if not self._job.take_one():
+                    return
+            # An item that waits, for a disk perhaps, takes no processor time but is not tiny.
+            if (
+                thread_time() - cpu < _ITEMS_BETWEEN_DOUBTS * _TINY_S
+                and perf_counter() - wall < _ITEMS_BETWEEN_DOUBTS * _WAITING_S
+            ):
+                return
 
 
 def usable_cores() -> int:
@@ -221,24 +326,32 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-_crews: list[Crew] = []
-_crews_lock = threading.Lock()
+_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+_shared: list[Crew] = []
+_shared_lock = threading.Lock()
 
 
 def get_crew() -> Crew:
     """Return the crew of this process; its threads start when first needed."""
-    with _crews_lock:
-        if not _crews:
-            _crews.append(Crew())
-        return _crews[0]
+    with _shared_lock:
+        if not _shared:
+            _shared.append(Crew())
+        return _shared[0]
+
+
+def _at_exit() -> None:
+    for crew in list(_crews):
+        crew._abandon()
 
 
 def _after_fork_in_child() -> None:
-    # Threads do not survive a fork, and the lock may have been held.
-    global _crews_lock
-    _crews_lock = threading.Lock()
-    _crews.clear()
+    # Threads do not survive a fork, and the locks may have been held.
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    for crew in list(_crews):
+        crew._begin()
 
 
+atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -31,7 +31,7 @@ def make_crew() -> Iterator[Callable[[int], Crew]]:
 
     yield make
     for crew in crews:
-        assert crew._busy == 0, "somebody is still counted as busy"
+        assert not crew._busy, "somebody is still counted as busy"
         crew.close()
 
 
@@ -73,7 +73,7 @@ def test_one_thread_works_in_order_and_starts_no_other(make_crew):
     crew.run(range(50), work, 50)
     assert done == list(range(50))
     assert set(idents) == {threading.get_ident()}
-    assert crew._pool is None
+    assert crew._threads == []
 
 
 @pytest.mark.parametrize("num_threads", SIZES)
@@ -214,15 +214,14 @@ def test_a_helper_that_never_got_a_thread_is_not_waited_for(make_crew):
     crew = make_crew(2)
     release = threading.Event()
     # The threads are taken by something that the crew has not counted.
-    futures = [crew._executor().submit(release.wait, PATIENCE_S) for _ in range(2)]
+    for _ in range(2):
+        assert crew._start(lambda: release.wait(PATIENCE_S))
     done: list[int] = []
     caller = threading.Thread(target=crew.run, args=(range(20), done.append, 20), daemon=True)
     caller.start()
     caller.join(10)
     ended = not caller.is_alive()
     release.set()
-    for future in futures:
-        future.result(PATIENCE_S)
     assert ended
     assert sorted(done) == list(range(20))
 
@@ -339,6 +338,63 @@ threading.Thread(target=read).start()
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.stdout.strip(), result.stderr) == (str(-sum(range(100))), "")
+
+
+def test_leaving_python_does_not_wait_for_a_whole_prefetch():
+    """What has begun is finished, the rest of the list is not."""
+    program = """
+import atexit
+import threading
+import numpy as np
+import cellimg_dask as ci
+
+begun = threading.Event()
+let_go = threading.Event()
+
+def f(block):
+    print("cell", flush=True)
+    begun.set()
+    let_go.wait(30)
+    return block
+
+img = ci.map_cells(f, np.zeros(100_000, "u1"), dtype="u1", cell_shape=1)
+img.prefetch()
+begun.wait(30)
+atexit.register(let_go.set)  # Called before what was registered earlier.
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert 1 <= result.stdout.count("cell") < 100_000
+    assert result.stderr == ""
+
+
+def test_tiny_items_are_left_to_the_caller(make_crew, monkeypatch):
+    """A helper that sees the caller do many in no time does not take any itself."""
+    crew = make_crew(2)
+    monkeypatch.setattr("cellimg_dask.loading.crew._TINY_S", 1e9)  # Everything is tiny.
+    helped = []
+    looked_on = threading.Event()
+    wait = threading.Event.wait
+
+    def wait_and_tell(self: threading.Event, timeout: float | None = None) -> bool:
+        if timeout is not None and threading.current_thread().name.startswith("cellimg"):
+            looked_on.set()
+        return wait(self, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", wait_and_tell)
+    caller = threading.get_ident()
+
+    def work(item: int) -> None:
+        if threading.get_ident() != caller:
+            helped.append(item)
+        elif item == 50_000:
+            assert wait(looked_on, PATIENCE_S)
+
+    crew.run(range(100_000), work, 100_000)
+    # Only a look during which the caller was stopped altogether makes a helper join.
+    assert len(helped) < 100_000 / 2
 
 
 def test_prefetch_fills_the_cache_in_the_background():
