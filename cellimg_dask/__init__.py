@@ -14,20 +14,26 @@ from cellimg_dask.blocks.errors import (
     CellimgError,
     CycleError,
     InitError,
+    NoWorkersError,
+    QueueClosedError,
     ReadError,
     ResultError,
+    WorkerDiedError,
 )
 from cellimg_dask.blocks.functions import BlockCode
+from cellimg_dask.blocks.worker import Worker, get_worker
 from cellimg_dask.geometry import Cell, CellGrid, Halo, Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import fill_cells, map_cells
 from cellimg_dask.image.input import Input
+from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 
 __all__ = [
     "Block",
     "BlockCode",
     "BlockError",
+    "BlockQueue",
     "CacheStats",
     "Cell",
     "CellCache",
@@ -38,11 +44,16 @@ __all__ = [
     "Halo",
     "InitError",
     "Input",
+    "NoWorkersError",
+    "QueueClosedError",
     "ReadError",
     "ResultError",
     "Roi",
+    "Worker",
+    "WorkerDiedError",
     "fill_cells",
     "get_cache",
+    "get_worker",
     "map_cells",
     "set_cache",
 ]

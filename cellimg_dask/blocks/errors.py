@@ -19,8 +19,11 @@ __all__ = [
     "CellimgError",
     "CycleError",
     "InitError",
+    "NoWorkersError",
+    "QueueClosedError",
     "ReadError",
     "ResultError",
+    "WorkerDiedError",
     "describe",
 ]
 
@@ -112,4 +115,16 @@ class CycleError(CellError, RuntimeError):
 
 
 class InitError(CellimgError, RuntimeError):
-    """The ``init`` of a block function failed; no block ran after it."""
+    """The ``init`` of a block function or of a queue failed; no block ran after it."""
+
+
+class WorkerDiedError(BlockError):
+    """The worker process died while it computed the cell; other cells are not affected."""
+
+
+class NoWorkersError(CellimgError, TimeoutError):
+    """A queue has had no worker for too long, or its scheduler cannot be reached."""
+
+
+class QueueClosedError(CellimgError, RuntimeError):
+    """The queue was closed before the block was computed."""

@@ -21,7 +21,15 @@ from cellimg_dask.blocks.errors import (
 )
 from cellimg_dask.blocks.plan import CellPlan
 
-__all__ = ["ArrayFunction", "BlockCode", "BlockFunction", "FillFunction", "function_name"]
+__all__ = [
+    "ArrayFunction",
+    "BlockCode",
+    "BlockFunction",
+    "FillFunction",
+    "current_worker",
+    "function_name",
+    "working_as",
+]
 
 
 class BlockFunction(Protocol):
@@ -51,6 +59,10 @@ class BlockFunction(Protocol):
         ResultError
             If its result has the wrong shape, dtype or kind.
         """
+        ...
+
+    def bound(self, bind: Callable[[Any], Any]) -> BlockFunction:
+        """Return the same with ``bind(f)`` in place of the user's function ``f``."""
         ...
 
 
@@ -126,6 +138,10 @@ class ArrayFunction:
             f"and shrink= declare a result of another shape",
         )
 
+    def bound(self, bind: Callable[[Any], Any]) -> ArrayFunction:
+        """Return the same with another function; see `BlockFunction.bound`."""
+        return ArrayFunction(bind(self.function))
+
     def _as_array(self, plan: CellPlan, result: Any) -> NDArray[Any]:
         if isinstance(result, np.ma.MaskedArray):
             raise ResultError(
@@ -183,12 +199,17 @@ class FillFunction:
             )
         return out
 
+    def bound(self, bind: Callable[[Any], Any]) -> FillFunction:
+        """Return the same with another function; see `BlockFunction.bound`."""
+        return FillFunction(bind(self.function))
+
 
 class BlockCode:
     """Code that fills a block, as the original's worker code: the name ``block`` is the block.
 
     Names that the code or ``init`` binds live on from block to block in one namespace for each
-    worker thread (or process); ``init`` runs once in it, before the first block.
+    worker thread (or process); ``init`` runs once in it, before the first block. On a
+    `BlockQueue` the namespace begins with the names that the queue's own ``init`` bound.
 
     Parameters
     ----------
@@ -232,13 +253,13 @@ class BlockCode:
             namespace["block"] = outer
 
     def _namespace(self) -> dict[str, Any]:
-        spaces: dict[tuple[str, str | None], dict[str, Any]] | None
-        spaces = getattr(_worker, "namespaces", None)
-        if spaces is None:
-            spaces = _worker.namespaces = {}
-        namespace = spaces.get((self.code, self.init))
+        worker = _thread.worker
+        key = (self.code, self.init, worker)
+        namespace = _thread.namespaces.get(key)
         if namespace is None:
             namespace = {"__name__": "__block_code__"}
+            if worker is not None:
+                namespace.update(worker.namespace)
             try:
                 exec(self._compiled_init, namespace)
             except (Exception, SystemExit) as error:
@@ -246,7 +267,7 @@ class BlockCode:
                     f"init of BlockCode failed with {type(error).__name__}: {error}; "
                     f"no block ran:\n{self.init}"
                 ) from error
-            spaces[self.code, self.init] = namespace
+            _thread.namespaces[key] = namespace
         return namespace
 
     def __eq__(self, other: object) -> bool:
@@ -265,8 +286,43 @@ class BlockCode:
         return "BlockCode", self.code, self.init
 
 
-# Each thread has its own; equal code shares one namespace there, also after unpickling.
-_worker = threading.local()
+class Prepared(Protocol):
+    """A worker whose ``init`` has run."""
+
+    namespace: dict[str, Any]
+
+
+class _Thread(threading.local):
+    """What block functions find in the thread that runs them."""
+
+    def __init__(self) -> None:
+        # Equal code shares one namespace, also after unpickling.
+        self.namespaces: dict[tuple[str, str | None, Prepared | None], dict[str, Any]] = {}
+        self.worker: Prepared | None = None
+
+
+_thread = _Thread()
+
+
+def current_worker() -> Prepared | None:
+    """Return the queue's worker that this thread is at the moment."""
+    return _thread.worker
+
+
+class working_as:  # noqa: N801 - a context manager, used like a function
+    """Be a worker of a queue for a while."""
+
+    __slots__ = ("_before", "_worker")
+
+    def __init__(self, worker: Prepared) -> None:
+        self._worker = worker
+
+    def __enter__(self) -> None:
+        self._before = _thread.worker
+        _thread.worker = self._worker
+
+    def __exit__(self, *exc: object) -> None:
+        _thread.worker = self._before
 
 
 @functools.lru_cache(maxsize=256)

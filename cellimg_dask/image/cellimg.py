@@ -247,7 +247,7 @@ class CellImg(NDArrayOperatorsMixin):
         return self.to_dask().__dask_layers__()
 
     def __dask_tokenize__(self) -> Any:
-        from cellimg_dask.image.dask_graph import dask_name
+        from cellimg_dask.queues.tasks import dask_name
 
         return dask_name(self.loader)
 

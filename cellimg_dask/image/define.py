@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.errors import QueueClosedError
 from cellimg_dask.blocks.functions import (
     ArrayFunction,
     BlockCode,
@@ -24,6 +25,7 @@ from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.input import Input, as_input, follow
 from cellimg_dask.loading.loader import CellLoader, ImageReader
 from cellimg_dask.loading.readers import Reader, make_reader
+from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache
 
 __all__ = ["fill_cells", "map_cells"]
@@ -44,6 +46,7 @@ def map_cells(
     new_axis: Mapping[int, int] | None = None,
     shrink: SupportsIndex | Iterable[SupportsIndex] = 1,
     cache: CellCache | str | None = "shared",
+    queue: BlockQueue | None = None,
 ) -> CellImg:
     """Return the lazy image ``f(*inputs)``, computed cell by cell.
 
@@ -87,6 +90,8 @@ def map_cells(
     cache : "shared", CellCache or None
         Where cells are kept; None keeps nothing, so an image that reads from this one makes it
         compute a cell again for each neighbour.
+    queue : BlockQueue, optional
+        Workers that run ``f``; default: the threads of this process.
 
     Returns
     -------
@@ -162,6 +167,7 @@ def map_cells(
         _result_dtype(f, dtype, [_dtype_of(item.array) for item in items]),
         params,
         cache,
+        queue,
     )
 
 
@@ -175,6 +181,7 @@ def fill_cells(
     fill_value: Any = 0,
     params: Mapping[str, Any] | None = None,
     cache: CellCache | str | None = "shared",
+    queue: BlockQueue | None = None,
 ) -> CellImg:
     """Return a lazy image whose cells ``f`` fills: ``f(block)`` writes into ``block.data``.
 
@@ -191,7 +198,7 @@ def fill_cells(
         ``Input(array, index_map=…)``.
     dtype : dtype
         Of the image.
-    halo, boundary, fill_value, params, cache
+    halo, boundary, fill_value, params, cache, queue
         As in `map_cells`.
 
     Returns
@@ -230,7 +237,7 @@ def fill_cells(
         else:
             wide: HaloLike = main_halo if len(item.shape) == grid.ndim else halo
             plans.append(item.plan(number, None, wide, boundary, fill_value))
-    return _make(FillFunction(f), grid, items, plans, _checked_dtype(dtype), params, cache)
+    return _make(FillFunction(f), grid, items, plans, _checked_dtype(dtype), params, cache, queue)
 
 
 def _plan_linked(
@@ -274,6 +281,7 @@ def _make(
     dtype: np.dtype[Any],
     params: Mapping[str, Any] | None,
     cache: CellCache | str | None,
+    queue: BlockQueue | None,
 ) -> CellImg:
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(f"params must be a mapping of names, got {type(params).__name__}")
@@ -288,6 +296,14 @@ def _make(
         keep = get_cache()
     else:
         raise TypeError(f'cache must be "shared", a CellCache or None, got {cache!r}')
+    if queue is not None:
+        if not isinstance(queue, BlockQueue):
+            raise TypeError(
+                f"queue must be a BlockQueue, got {type(queue).__name__}; make one by "
+                f"BlockQueue(num_workers, backend=…)"
+            )
+        if queue.closed:
+            raise QueueClosedError("the queue is closed; make a new BlockQueue")
     # Decoded chunks need room even where cells are not kept.
     chunks = get_cache() if cache is None else keep
     readers: list[Reader] = [
@@ -296,7 +312,8 @@ def _make(
         else make_reader(item.array, chunks)
         for item in items
     ]
-    return CellImg(CellLoader(function, Planner(grid, plans), readers, dtype, params or {}, keep))
+    planner = Planner(grid, plans)
+    return CellImg(CellLoader(function, planner, readers, dtype, params or {}, keep, queue))
 
 
 def _axes(value: Any, ndim: int, what: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from contextvars import copy_context
 from queue import SimpleQueue
 from time import perf_counter, thread_time
 from typing import Any, TypeVar
@@ -42,6 +43,9 @@ class Crew:
     ----------
     num_threads : int, optional
         How many threads compute at the same time, callers counted; default: the usable cores.
+    spare_tiny : bool
+        Whether helpers leave tiny items to the caller, because two threads that run little but
+        interpreted code are slower than one. Not where items mostly wait for something.
 
     Notes
     -----
@@ -49,11 +53,13 @@ class Crew:
     the rest of their list is not.
     """
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(self, num_threads: int | None = None, *, spare_tiny: bool = True) -> None:
         if num_threads is None:
             num_threads = usable_cores()
         self.num_threads = as_int(num_threads, "num_threads", minimum=1)
         """How many threads compute at the same time."""
+        self.spare_tiny = spare_tiny
+        """Whether helpers leave tiny items to the caller."""
         self._mine = threading.local()
         self._begin()
         _crews.add(self)
@@ -260,6 +266,7 @@ class _Helper(_Worker):
         self._crew = crew
         self._job = job
         self._flight = current_flight()
+        self._context = copy_context()
         self._lock = threading.Lock()
         self._came = False
         self._left = threading.Event()
@@ -273,7 +280,7 @@ class _Helper(_Worker):
         mine.busy = True
         try:
             with inside(self._flight):
-                self._help()
+                self._context.run(self._help)
         finally:
             mine.busy = False
             self._crew._dismiss(self)
@@ -288,6 +295,10 @@ class _Helper(_Worker):
         self._left.wait()
 
     def _help(self) -> None:
+        if not self._crew.spare_tiny:
+            while self._job.take_one():
+                pass
+            return
         look = _FIRST_LOOK_S
         while not self._job.ended.is_set():
             if self._needed(look):

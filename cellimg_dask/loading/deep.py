@@ -10,7 +10,7 @@ nothing above it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
@@ -35,11 +35,14 @@ class ChainLoader(Protocol):
     depth: int
     readers: tuple[Reader, ...]
     shelf: Shelf
-    crew: Callable[[], Crew]
 
     @property
     def grid(self) -> CellGrid:
         """Grid of the image."""
+        ...
+
+    def crew(self) -> Crew:
+        """Return the threads that read regions."""
         ...
 
     def ancestry(self) -> Sequence[ChainLoader]:

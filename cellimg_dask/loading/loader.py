@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from heapq import heappop, heappush
 from time import perf_counter
 from typing import Any
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from cellimg_dask.blocks.errors import CellimgError, CycleError, ReadError
 from cellimg_dask.blocks.functions import BlockFunction
 from cellimg_dask.blocks.plan import Box, CellPlan, Planner
+from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.geometry import CellGrid, Roi, tiles
 from cellimg_dask.loading.crew import Crew, get_crew
 from cellimg_dask.loading.deep import PILLAR_DISTANCE, supported
@@ -31,6 +34,7 @@ from cellimg_dask.loading.readers import (
     native,
     read_windows,
 )
+from cellimg_dask.loading.running import BACKGROUND, Queue, priority
 from cellimg_dask.state.cache import CellCache, Shelf
 from cellimg_dask.state.dirty import (
     CellProduct,
@@ -67,8 +71,8 @@ class CellLoader:
         Keyword parameters for the function.
     cache : CellCache
         Keeps the cells.
-    make_crew : callable, optional
-        Gives the threads that read regions; default: those of the process.
+    queue : Queue, optional
+        Where block functions run, or cells are computed; default: on the threads of the process.
 
     Notes
     -----
@@ -83,15 +87,23 @@ class CellLoader:
         dtype: np.dtype[Any],
         params: Mapping[str, Any],
         cache: CellCache,
-        make_crew: Callable[[], Crew] = get_crew,
+        queue: Queue | None = None,
     ) -> None:
         self.function = function
         self.planner = planner
         self.readers = tuple(readers)
         self.dtype = native(dtype)
         self.params = dict(params)
+        self.queue = queue
+        self.job = BlockJob(function, planner, self.params, self.dtype)
         self.shelf: Shelf = cache.shelf(self)
-        self.crew = make_crew
+        blocks = None if queue is None else queue.blocks
+        if blocks is None:
+            self._apply = self.job.apply
+        else:
+            self._apply = partial(blocks.apply, self.job)
+        self._fresh = function.fresh or (blocks is not None and blocks.copies)
+        self._cells = None if queue is None else queue.cells
         self._dependents: weakref.WeakSet[CellLoader] = weakref.WeakSet()
         self._dependents_lock = threading.Lock()
         self.depth: int = 1 + max((loader.depth for loader in self.upstream()), default=0)
@@ -108,6 +120,12 @@ class CellLoader:
     def grid(self) -> CellGrid:
         """Grid of the image."""
         return self.planner.grid
+
+    def crew(self) -> Crew:
+        """Return the threads that read regions."""
+        if self.queue is None or self.queue.blocks is None:
+            return get_crew()
+        return self.queue.blocks.crew
 
     def upstream(self) -> list[CellLoader]:
         """Return the loaders that this one reads from directly."""
@@ -154,6 +172,8 @@ class CellLoader:
             If the cell needs itself.
         """
         try:
+            if self._cells is not None:
+                return self._load_elsewhere(index)
             if readers is None:
                 return self.shelf.get(index, self.compute_owned)
             return self.shelf.get(index, lambda wanted: self.compute_owned(wanted, readers))
@@ -181,6 +201,13 @@ class CellLoader:
                 return
             count, parts = len(missing), iter(missing)
         keep = 2 * out.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
+        if self._cells is not None:
+            places = {index: (source, target) for index, source, target in parts}
+            with closing(self._fetch(list(places), keep=keep)) as cells:
+                for index, value in cells:
+                    source, target = places.pop(index)
+                    out[target] = value[source]
+            return
 
         def through_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
             index, source, target = part
@@ -197,7 +224,52 @@ class CellLoader:
     def prefetch(self, roi: Roi) -> None:
         """Load the cells of the region, which lies in the image, into the cache."""
         count, parts = tiles(self.grid, roi.start, roi.stop)
-        self.crew().run((index for index, _, _ in parts), self.load, count)
+        indices = (index for index, _, _ in parts)
+        before = priority.set(BACKGROUND)
+        try:
+            if self._cells is None:
+                self.crew().run(indices, self.load, count)
+            else:
+                missing = [index for index in indices if self.shelf.peek(index) is None]
+                with closing(self._fetch(missing, keep=True)) as cells:
+                    for _ in cells:
+                        pass
+        finally:
+            priority.reset(before)
+
+    def _load_elsewhere(self, index: int) -> NDArray[Any]:
+        held = self.shelf.peek(index)
+        if held is None:
+            ((_, held),) = self._fetch([index], keep=True)
+        return held
+
+    def _fetch(
+        self, indices: list[int], *, keep: bool
+    ) -> Generator[tuple[int, NDArray[Any]], None, None]:
+        """Yield cells that are computed elsewhere, as they come; with ``keep`` from the cache."""
+        assert self._cells is not None
+        edition = self.edition
+        for index, value, seconds in self._cells.fetch(self, indices):
+            if keep:
+                yield index, self._publish(index, value, seconds, edition)
+            else:
+                self.shelf.record(seconds)
+                yield index, value
+
+    def _publish(
+        self, index: int, value: NDArray[Any], seconds: float, edition: int
+    ) -> NDArray[Any]:
+        def arrived(_: int) -> NDArray[Any]:
+            # `invalidate` counts before it forgets: whoever still sees the old number here is
+            # under way early enough to be forgotten.
+            if self.edition != edition:
+                raise _OutdatedError
+            return value
+
+        try:
+            return self.shelf.get(index, arrived, seconds)
+        except _OutdatedError:
+            return value
 
     def invalidate(self, roi: Roi) -> None:
         """Forget the cells that read a voxel of the region, and what was made from them.
@@ -224,8 +296,13 @@ class CellLoader:
         reached: dict[CellLoader, list[CellProduct | CellTest]] = {self: cells}
         while waiting:
             _, _, loader = heappop(waiting)
+            # Counted before, for what arrives from elsewhere meanwhile, and after, so that no
+            # name that was made meanwhile stays.
+            loader.edition += 1
             for part in reached[loader]:
                 loader.shelf.invalidate(part)
+                if loader._cells is not None:
+                    loader._cells.forget(loader, part)
             loader.edition += 1
             changed = merge_regions([touched_region(part) for part in reached[loader]])
             for below in loader.dependents:
@@ -267,7 +344,7 @@ class CellLoader:
         """Compute a cell, past the cache, into an array that nobody else holds."""
         plan = self.plan(index)
         result = self._compute(plan, self.readers if readers is None else readers, None)
-        if self.function.fresh:
+        if self._fresh:
             return result
         # A copy: the function may have returned a view of its input, or a buffer that it will
         # use again.
@@ -289,7 +366,7 @@ class CellLoader:
                 inputs = self._read_all(plan, readers)
         else:
             inputs = self._read_all(plan, readers)
-        result = self.function.apply(plan, inputs, self.params, self.dtype, out)
+        result = self._apply(plan, inputs, out)
         if out is not None and result is not out:
             out[...] = result
             return out
@@ -345,11 +422,17 @@ class CellLoader:
             for number, reader in enumerate(self.readers)
         ]
         return CellLoader(
-            self.function, self.planner, readers, self.dtype, self.params, self.shelf.cache
+            self.function,
+            self.planner,
+            readers,
+            self.dtype,
+            self.params,
+            self.shelf.cache,
+            self.queue,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Cells stay behind; the threads are those of the process that it arrives in.
+        # Cells stay behind. A queue becomes "run here, after init" where it arrives.
         return CellLoader, (
             self.function,
             self.planner,
@@ -357,6 +440,7 @@ class CellLoader:
             self.dtype,
             self.params,
             self.shelf.cache,
+            self.queue,
         )
 
     def _cycle(self, index: int) -> CycleError:
@@ -368,6 +452,10 @@ class CellLoader:
             "the cell needs itself: the block function, or an input, reads this image or one "
             "made from it",
         )
+
+
+class _OutdatedError(Exception):
+    """What arrived was asked for before the image changed."""
 
 
 def _text(box: Box) -> str:

@@ -293,7 +293,9 @@ class Shelf:
             self._stats.hits += hits
         return values
 
-    def get(self, index: int, load: Callable[[int], NDArray[Any]]) -> NDArray[Any]:
+    def get(
+        self, index: int, load: Callable[[int], NDArray[Any]], seconds: float | None = None
+    ) -> NDArray[Any]:
         """Return a cell, loading it if need be; concurrent callers share one load.
 
         Parameters
@@ -302,6 +304,8 @@ class Shelf:
             The cell.
         load : callable
             Makes the cell's array; the array must be the cache's own from then on.
+        seconds : float, optional
+            What the cell cost, where that is not the time that ``load`` takes.
 
         Returns
         -------
@@ -338,7 +342,7 @@ class Shelf:
                     else:
                         done = flight.prepare_join()
                 if mine is not None:
-                    return self._load(mine, load)
+                    return self._load(mine, load, seconds)
             finally:
                 if mine is not None and not mine.landed:
                     self._abandon(mine)
@@ -354,14 +358,17 @@ class Shelf:
             assert flight.value is not None
             return flight.value
 
-    def _load(self, flight: Flight, load: Callable[[int], NDArray[Any]]) -> NDArray[Any]:
+    def _load(
+        self, flight: Flight, load: Callable[[int], NDArray[Any]], seconds: float | None
+    ) -> NDArray[Any]:
         cache = self.cache
         try:
             began = cache._timer()
             with inside(flight):
                 value = load(flight.index)
             value = own(value)
-            seconds = cache._timer() - began
+            if seconds is None:
+                seconds = cache._timer() - began
         except Exception as error:
             with cache._lock:
                 flight.error = error

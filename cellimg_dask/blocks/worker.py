@@ -1,0 +1,187 @@
+"""What runs blocks: a job to do, and a worker that its queue's ``init`` has prepared."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellimg_dask.blocks.errors import InitError, describe
+from cellimg_dask.blocks.functions import BlockFunction, current_worker, working_as
+from cellimg_dask.blocks.plan import CellPlan, Planner
+
+__all__ = ["BlockJob", "Init", "Worker", "check_init", "get_worker"]
+
+Init: TypeAlias = str | Callable[[], Any] | None
+"""Code, or a callable without arguments, that prepares a worker."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockJob:
+    """All that the blocks of one image have in common."""
+
+    function: BlockFunction
+    """Computes a cell."""
+    planner: Planner
+    """Says what each cell reads."""
+    params: Mapping[str, Any]
+    """Keyword parameters for the function."""
+    dtype: np.dtype[Any]
+    """Of the result, in native byte order."""
+
+    def apply(
+        self, plan: CellPlan, inputs: tuple[NDArray[Any], ...], out: NDArray[Any] | None
+    ) -> NDArray[Any]:
+        """Compute a cell here; see `BlockFunction.apply`."""
+        return self.function.apply(plan, inputs, self.params, self.dtype, out)
+
+
+class Worker:
+    """One worker of a queue, with what ``init`` left there.
+
+    Parameters
+    ----------
+    init : str or callable or None
+        Run at once. The names that code binds are the worker's; of a callable those that it
+        declares ``global``, and those in the mapping that it returns, if any.
+
+    Raises
+    ------
+    InitError
+        If ``init`` raises.
+
+    Notes
+    -----
+    Belongs to one thread, or to the threads of one process where these share it.
+    """
+
+    def __init__(self, init: Init = None) -> None:
+        self.namespace: dict[str, Any] = {}
+        """Names bound by ``init``."""
+        self._bound: weakref.WeakKeyDictionary[BlockFunction, BlockFunction] = (
+            weakref.WeakKeyDictionary()
+        )
+        try:
+            with working_as(self):
+                self._run(init)
+        except (Exception, SystemExit) as error:
+            raise InitError(
+                f"init of the queue failed with {describe(error)}; no block runs on this worker"
+                + (f":\n{init}" if isinstance(init, str) else "")
+            ) from error
+
+    def _run(self, init: Init) -> None:
+        if init is None:
+            return
+        if isinstance(init, str):
+            space: dict[str, Any] = {"__name__": "__worker__"}
+            exec(compile(init, "<BlockQueue init>", "exec"), space)
+            self.namespace = {k: v for k, v in space.items() if not k.startswith("__")}
+            return
+        result = init()
+        if isinstance(init, FunctionType):
+            self.namespace = {
+                name: init.__globals__[name]
+                for name in _stored_globals(init.__code__)
+                if name in init.__globals__
+            }
+        if isinstance(result, Mapping):
+            self.namespace.update(result)
+
+    def apply(
+        self,
+        job: BlockJob,
+        plan: CellPlan,
+        inputs: tuple[NDArray[Any], ...],
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Compute a cell as this worker; see `BlockFunction.apply`."""
+        with working_as(self):
+            return self._binding(job.function).apply(plan, inputs, job.params, job.dtype, out)
+
+    def _binding(self, function: BlockFunction) -> BlockFunction:
+        if not self.namespace:
+            return function
+        bound = self._bound.get(function)
+        if bound is None:
+            bound = function.bound(lambda user: _bind(user, self.namespace))
+            self._bound[function] = bound
+        return bound
+
+
+def get_worker() -> Worker:
+    """Return the queue's worker that runs this block; its ``namespace`` is what ``init`` bound.
+
+    Raises
+    ------
+    RuntimeError
+        Outside a block that runs on a `BlockQueue`.
+    """
+    worker = current_worker()
+    if not isinstance(worker, Worker):
+        raise RuntimeError(
+            "no BlockQueue runs this: get_worker() is for block functions of an image that was "
+            "given a queue="
+        )
+    return worker
+
+
+def check_init(init: object) -> None:
+    """Refuse what cannot be an ``init``, and code that does not compile."""
+    if init is None:
+        return
+    if isinstance(init, str):
+        compile(init, "<BlockQueue init>", "exec")
+    elif not callable(init):
+        raise TypeError(
+            f"init must be code (str) or a callable without arguments, got {type(init).__name__}"
+        )
+
+
+def _bind(user: Any, names: Mapping[str, Any]) -> Any:
+    """Return the function with the worker's names among its globals, if it uses any of them."""
+    if isinstance(user, functools.partial):
+        inner = _bind(user.func, names)
+        if inner is user.func:
+            return user
+        return functools.partial(inner, *user.args, **user.keywords)
+    if not isinstance(user, FunctionType) or not _names(user.__code__) & names.keys():
+        return user
+    copy = FunctionType(
+        user.__code__,
+        {**user.__globals__, **names},
+        user.__name__,
+        user.__defaults__,
+        user.__closure__,
+    )
+    copy.__kwdefaults__ = user.__kwdefaults__
+    return functools.update_wrapper(copy, user)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Return the code of a function and of all that are defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _names(code: CodeType) -> set[str]:
+    return {name for part in _codes(code) for name in part.co_names}
+
+
+def _stored_globals(code: CodeType) -> set[str]:
+    """Return the names that a function assigns as ``global``."""
+    return {
+        step.argval
+        for part in _codes(code)
+        for step in dis.get_instructions(part)
+        if step.opname == "STORE_GLOBAL"
+    }

@@ -1,0 +1,78 @@
+"""What the loader asks of a queue: to run blocks, or to compute whole cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from cellimg_dask.blocks.plan import CellPlan
+from cellimg_dask.blocks.worker import BlockJob
+from cellimg_dask.loading.crew import Crew
+
+__all__ = ["BACKGROUND", "INTERACTIVE", "BlockRunner", "CellRunner", "Queue", "priority"]
+
+INTERACTIVE = 0
+"""Priority of what somebody waits for."""
+BACKGROUND = 10
+"""Priority of what is computed in advance; lower numbers go first."""
+
+priority: ContextVar[int] = ContextVar("cellimg_priority", default=INTERACTIVE)
+"""Priority of what this thread, or a helper of its crew, asks for."""
+
+
+class BlockRunner(Protocol):
+    """Runs block functions somewhere on this machine."""
+
+    copies: bool
+    """Whether every result is a new array that nobody else holds."""
+
+    @property
+    def crew(self) -> Crew:
+        """The threads that plan and read for the workers."""
+        ...
+
+    def apply(
+        self,
+        job: BlockJob,
+        plan: CellPlan,
+        inputs: tuple[NDArray[Any], ...],
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Run a block function on a worker and wait; see `BlockFunction.apply`."""
+        ...
+
+
+class CellRunner(Protocol):
+    """Computes whole cells elsewhere, with what they rest on; ``loader`` is a `CellLoader`."""
+
+    def fetch(
+        self, loader: Any, indices: Sequence[int]
+    ) -> Iterator[tuple[int, NDArray[Any], float]]:
+        """Compute cells where they are not held; yield (index, cell, seconds) as they come."""
+        ...
+
+    def forget(self, loader: Any, indices: Any) -> None:
+        """Release the cells among ``indices`` (a sized collection), because they are outdated."""
+        ...
+
+
+class Queue(Protocol):
+    """A `BlockQueue`, as the loader sees it."""
+
+    @property
+    def blocks(self) -> BlockRunner | None:
+        """Runs block functions, if that is what the queue does."""
+        ...
+
+    @property
+    def cells(self) -> CellRunner | None:
+        """Computes whole cells, if that is what the queue does."""
+        ...
+
+    @property
+    def token(self) -> object:
+        """What results depend on: the ``init``."""
+        ...

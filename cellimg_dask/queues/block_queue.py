@@ -1,0 +1,215 @@
+"""`BlockQueue`: workers that run block functions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cellimg_dask.blocks.worker import Init, check_init
+from cellimg_dask.geometry import as_int
+from cellimg_dask.loading.crew import usable_cores
+from cellimg_dask.loading.running import BlockRunner, CellRunner
+from cellimg_dask.queues.here import Arrived
+from cellimg_dask.queues.processes import ProcessBlocks
+from cellimg_dask.queues.threads import ThreadBlocks
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from cellimg_dask.queues.cluster import ClusterCells
+
+__all__ = ["BlockQueue"]
+
+_LOCAL: dict[str, Callable[[int, Init], ThreadBlocks | ProcessBlocks]] = {
+    "threads": ThreadBlocks,
+    "processes": ProcessBlocks,
+}
+
+
+class BlockQueue:
+    """Workers that run the block functions of any number of images.
+
+    Give it to an image: ``map_cells(f, array, queue=queue)``. A context manager; on leaving it
+    the queue is closed.
+
+    Parameters
+    ----------
+    num_workers : int, optional
+        Number of threads or processes; default: the usable cores. On a cluster, which has its
+        own number of workers: how many to wait for, at least 1.
+    init : str or callable, optional
+        Prepares each worker before its first block, and again after a restart: code, or a
+        callable without arguments. The names that code binds, that a callable declares
+        ``global``, or that are in the mapping which it returns are seen by `BlockCode` and by
+        plain functions that use them, and are in ``get_worker().namespace``.
+    backend : {"threads", "processes"}, distributed.Client, Cluster or address
+        Where blocks run: on threads; in processes of their own, which blocks reach by shared
+        memory; or on the workers of a dask cluster: a ``distributed.Client``, a cluster such as
+        ``LocalCluster``, ``SSHCluster`` or dask-jobqueue's ``SLURMCluster``, or the address of a
+        scheduler.
+    max_bytes : int, optional
+        On a cluster: bound on the results that stay in the memory of its workers for later
+        reads. Default: a quarter of that memory.
+    resources : mapping of str to float, optional
+        On a cluster: what each cell needs of a worker's abstract resources, ``{"GPU": 1}``.
+    timeout_s : float, optional
+        On a cluster: how long a read goes on without any worker before it is a
+        `NoWorkersError`, and how long to wait for the first workers.
+    insecure : bool
+        Whether a scheduler without TLS on another host is accepted. Whoever can reach such a
+        scheduler can run any code there, and here.
+
+    Raises
+    ------
+    InitError
+        If ``init`` raises on a worker; nothing is left running then.
+    NoWorkersError
+        If a cluster has fewer workers than asked for after ``timeout_s``.
+    PermissionError
+        If a scheduler on another host has no TLS.
+    TypeError, ValueError
+        If an argument is wrong.
+
+    Notes
+    -----
+    Thread-safe. A block function that itself reads images of the same queue is served by the
+    worker that it runs on, so nested reads end. On processes and clusters a crash of a worker is
+    a `WorkerDiedError` for the cell that it was computing. With processes, arrays given to a
+    block are memory that is used again afterwards: copy what is to be kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cellimg_dask as ci
+    >>> code = ci.BlockCode("block.data[...] = scale * block.inputs[0]")
+    >>> with ci.BlockQueue(2, init="scale = 3") as queue:
+    ...     img = ci.fill_cells(
+    ...         code, ci.CellGrid((4,), (2,)), np.arange(4), dtype=int, queue=queue
+    ...     )
+    ...     img[...]
+    array([0, 3, 6, 9])
+    """
+
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        init: Init = None,
+        backend: Any = "threads",
+        *,
+        max_bytes: int | None = None,
+        resources: Mapping[str, float] | None = None,
+        timeout_s: float = 60.0,
+        insecure: bool = False,
+    ) -> None:
+        self._closed = True  # Until there is something to close.
+        check_init(init)
+        self._init = init
+        self._token: str | None = None
+        self._local: ThreadBlocks | ProcessBlocks | None = None
+        self._cluster: ClusterCells | None = None
+        if num_workers is not None:
+            num_workers = as_int(num_workers, "num_workers", minimum=1)
+        if isinstance(backend, str) and "://" not in backend:
+            if backend not in _LOCAL:
+                raise ValueError(
+                    f'backend {backend!r}: allowed are "threads", "processes", a '
+                    f'distributed.Client, a cluster, or an address such as "tcp://127.0.0.1:8786"'
+                )
+            for name, value in (("max_bytes", max_bytes), ("resources", resources)):
+                if value is not None:
+                    raise TypeError(
+                        f'{name} is for clusters; backend="{backend}" has no use for it'
+                    )
+            self.backend = backend
+            count = usable_cores() if num_workers is None else num_workers
+            self._local = _LOCAL[backend](count, init)
+        else:
+            from cellimg_dask.queues.cluster import ClusterCells
+
+            self.backend = "distributed"
+            self._cluster = ClusterCells(
+                backend,
+                Arrived(self.token, init),
+                num_workers=num_workers or 1,
+                max_bytes=max_bytes,
+                resources=resources,
+                timeout_s=timeout_s,
+                insecure=insecure,
+            )
+            count = self._cluster.num_workers
+        self._num_workers = count
+        self._closed = False
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers; of a cluster at the moment."""
+        return self._num_workers if self._cluster is None else self._cluster.num_workers
+
+    @property
+    def closed(self) -> bool:
+        """Whether the queue was closed."""
+        return self._closed
+
+    @property
+    def blocks(self) -> BlockRunner | None:
+        """What runs block functions for the loader, on threads or processes."""
+        return self._local
+
+    @property
+    def cells(self) -> CellRunner | None:
+        """What computes whole cells for the loader, on a cluster."""
+        return self._cluster
+
+    @property
+    def token(self) -> str:
+        """What results depend on: the same for the same ``init``."""
+        if self._token is None:
+            from dask.base import tokenize
+
+            self._token = tokenize("BlockQueue", self._init)
+        return self._token
+
+    def close(self, wait_s: float | None = None) -> None:
+        """End the workers; a block that still waits for one gets a `QueueClosedError`.
+
+        Parameters
+        ----------
+        wait_s : float, optional
+            How long blocks that run may go on; default: until they end. After that, processes are
+            killed and their blocks get a `QueueClosedError`; a thread cannot be, so there it is a
+            `TimeoutError`, and the threads end with their blocks.
+
+        Notes
+        -----
+        A cluster goes on; what it holds for this queue is released. A client that the queue made
+        itself, for an address or a cluster, is closed.
+        """
+        self._closed = True
+        if self._cluster is not None:
+            self._cluster.close()
+        if self._local is not None and not self._local.close(wait_s):
+            raise TimeoutError(f"a block still runs after {wait_s} s; its thread ends with it")
+
+    def __enter__(self) -> BlockQueue:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
+            self.close(0 if self.backend == "processes" else None)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Arrived(self.token, self._init).__reduce__()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        return f"BlockQueue({self.num_workers}, backend={self.backend!r}{state})"

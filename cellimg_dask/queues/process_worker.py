@@ -1,0 +1,130 @@
+"""The program of a worker process: it takes blocks from its standard input until that ends.
+
+Replies are ``("result", value)`` or ``("error", pickled exception, its traceback)``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.shared_memory import SharedMemory
+
+from cellimg_dask.blocks.errors import CellimgError, InitError, describe
+from cellimg_dask.blocks.worker import BlockJob, Worker
+from cellimg_dask.queues.channel import Channel
+from cellimg_dask.queues.slots import Layout
+from cellimg_dask.state.segments import attach_segment, detach_segment
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Serve the process that started this one."""
+    channel = _private_channel()
+    sys.argv[1:] = []
+    # Ctrl-C in a terminal goes to all processes; the parent decides what becomes of its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    server = _Server()
+    try:
+        while True:
+            kind, *content = channel.receive()
+            reply: tuple[object, ...]
+            try:
+                reply = ("result", getattr(server, f"do_{kind}")(*content))
+            except BaseException as error:
+                reply = ("error", *_pack(error))
+            channel.send(*reply)
+    except (EOFError, OSError):
+        # The parent closed the pipe, or is gone.
+        return
+
+
+def _private_channel() -> Channel:
+    """Take the pipes off descriptors 0 and 1, so that no print disturbs the messages."""
+    source, sink = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    return Channel(os.fdopen(source, "rb"), os.fdopen(sink, "wb"))
+
+
+def _end_with_parent(parent: int) -> None:
+    # A block may run for hours after its parent was killed.
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _pack(error: BaseException) -> tuple[bytes, str]:
+    import cloudpickle
+
+    text = "".join(traceback.format_exception(error))
+    if not isinstance(error, CellimgError):
+        error = CellimgError(describe(error))
+    try:
+        return cloudpickle.dumps(error), text
+    except Exception:
+        return pickle.dumps(CellimgError(describe(error))), text
+
+
+class _Server:
+    """What can be asked of a worker."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._jobs: dict[int, BlockJob] = {}
+        self._segments: dict[int, SharedMemory] = {}
+
+    def do_start(self, init: bytes) -> None:
+        """Run ``init``."""
+        try:
+            prepare = pickle.loads(init)
+        except Exception as error:
+            raise InitError(
+                f"init could not be read in the worker process: {describe(error)}"
+            ) from error
+        self._worker = Worker(prepare)
+
+    def do_job(self, number: int, content: bytes) -> None:
+        """Learn what the blocks of an image have in common."""
+        self._jobs[number] = pickle.loads(content)
+
+    def do_forget(self, numbers: list[int]) -> None:
+        """Forget images that are gone."""
+        for number in numbers:
+            self._jobs.pop(number, None)
+
+    def do_block(self, number: int, index: int, slot: int, layout: Layout) -> None:
+        """Compute a cell from the inputs in a slot into the output there."""
+        assert self._worker is not None
+        job = self._jobs[number]
+        memory = self._segment(slot, layout.name)
+        *inputs, out = layout.arrays(memory.buf)
+        for array in inputs:
+            array.flags.writeable = False
+        plan = job.planner.plan(index)
+        result = self._worker.apply(job, plan, tuple(inputs), out)
+        if result is not out:
+            out[...] = result
+
+    def _segment(self, slot: int, name: str) -> SharedMemory:
+        known = self._segments.get(slot)
+        if known is not None and known.name.lstrip("/") == name.lstrip("/"):
+            return known
+        if known is not None:
+            # The slot has grown.
+            detach_segment(self._segments.pop(slot))
+        segment = self._segments[slot] = attach_segment(name)
+        return segment
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Places in shared memory through which blocks travel."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from math import prod
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellimg_dask.state.segments import create_segment, remove_segment
+
+__all__ = ["Layout", "Slot", "Slots"]
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the arrays of a block lie in a segment."""
+
+    name: str
+    """Name of the segment."""
+    parts: tuple[tuple[int, tuple[int, ...], np.dtype[Any]], ...]
+    """Offset in bytes, shape and dtype of each array, in C order."""
+
+    def arrays(self, buffer: Any) -> list[NDArray[Any]]:
+        """Return the arrays as views of the segment's memory."""
+        return [np.ndarray(shape, dtype, buffer, offset) for offset, shape, dtype in self.parts]
+
+
+class Slot:
+    """One segment, which grows when a block needs more room.
+
+    Belongs to one borrower at a time.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        """Names the slot, whatever segment it has."""
+        self._segment: SharedMemory | None = None
+
+    def lay_out(
+        self, arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]
+    ) -> tuple[Layout, list[NDArray[Any]]]:
+        """Make room for arrays of these shapes and dtypes; return where they are, and views.
+
+        Raises
+        ------
+        MemoryError
+            If there is not so much shared memory.
+        """
+        parts, end = [], 0
+        for shape, dtype in arrays:
+            parts.append((end, shape, dtype))
+            end += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        if self._segment is None or self._segment.size < end:
+            self.remove()
+            # A little more, since cells at the border and their halos differ in size.
+            self._segment = create_segment(end + end // 8)
+        layout = Layout(self._segment.name, tuple(parts))
+        return layout, layout.arrays(self._segment.buf)
+
+    def remove(self) -> None:
+        """Remove the segment."""
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            remove_segment(segment)
+
+
+class Slots:
+    """As many slots as there ever are borrowers at a time.
+
+    Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[Slot] = []
+        self._all: list[Slot] = []
+        self._numbers = count()
+        self._removed = False
+
+    @contextmanager
+    def lend(self) -> Iterator[Slot]:
+        """Lend a slot."""
+        with self._lock:
+            if self._free:
+                slot = self._free.pop()
+            else:
+                slot = Slot(next(self._numbers))
+                self._all.append(slot)
+        try:
+            yield slot
+        finally:
+            with self._lock:
+                self._free.append(slot)
+            if self._removed:
+                # Somebody was under way when the queue was closed.
+                slot.remove()
+
+    def remove(self) -> None:
+        """Remove all segments."""
+        with self._lock:
+            self._removed = True
+            slots, self._all, self._free = self._all, [], []
+        for slot in slots:
+            slot.remove()
