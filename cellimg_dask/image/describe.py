@@ -32,7 +32,7 @@ def _facts(loader: CellLoader) -> dict[str, str]:
         voxels *= extent
     held = len(loader.shelf.held())
     halos = [f"{_halo(item.halo)}, {item.boundary}" for item in loader.planner.inputs if item.shape]
-    return {
+    facts = {
         "shape": f"{grid.shape}",
         "dtype": f"{loader.dtype}",
         "size": _size(voxels * loader.dtype.itemsize),
@@ -43,6 +43,9 @@ def _facts(loader: CellLoader) -> dict[str, str]:
         "hits / loads": f"{stats.hits:,} / {stats.loads:,}"
         + (f", {stats.errors:,} errors" if stats.errors else ""),
     }
+    if loader.queue is not None:
+        facts["queue"] = repr(loader.queue)
+    return facts
 
 
 def as_text(loader: CellLoader) -> str:
