@@ -1,1 +1,3 @@
-"""Measurements against the bare loop and against dask; see ``python -m benchmarks.core --help``."""
+"""Measurements against the bare loop and dask; see ``python -m benchmarks.core --help`` and
+``python -m benchmarks.queue --help``.
+"""

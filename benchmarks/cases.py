@@ -21,6 +21,10 @@ MODULES = {
     "first_read": "reading",
     "graph": "graphs",
     "graph_of_array": "graphs",
+    "throughput": "queues",
+    "large_blocks": "queues",
+    "python_work": "queues",
+    "on_cluster": "clusters",
 }
 
 if __name__ == "__main__":

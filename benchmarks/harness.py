@@ -19,7 +19,7 @@ CORES = 2
 """Threads of every run."""
 HALO = 8
 """Of the whole runs; voxels on each side."""
-TIMEOUT_S = 600
+TIMEOUT_S = 1200
 MIB = 1 << 20
 
 
@@ -82,7 +82,7 @@ def typical_seconds(action: Callable[[], object], times: int) -> float:
 def machine() -> dict[str, Any]:
     """Return the facts that a reader of the table has to know."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    names = ("numpy", "scipy", "dask", "zarr", "tensorstore")
+    names = ("numpy", "scipy", "dask", "distributed", "zarr", "tensorstore")
     return {
         "cores": usable,
         "load before": round(os.getloadavg()[0], 2),

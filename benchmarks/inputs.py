@@ -30,6 +30,23 @@ def plus_one(block: np.ndarray) -> np.ndarray:
     return block + 1
 
 
+def fill_with_index(block: Any) -> None:
+    block.data[...] = block.index % 251
+
+
+def busy(block: np.ndarray, rounds: int) -> np.ndarray:
+    """Return the block plus `busy_sum` of ``rounds``, which is Python's own work."""
+    return block + np.uint8(busy_sum(rounds))
+
+
+def busy_sum(rounds: int) -> int:
+    """Return a number below 251 that takes time to find, during which the GIL is held."""
+    total = 0
+    for number in range(rounds):
+        total = (total + number) % 251
+    return total
+
+
 calls: list[tuple[int, ...]] = []
 """Shapes that `counted` was called with."""
 

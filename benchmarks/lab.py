@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,9 @@ class Line:
     values: Sequence[float]
     """One per repetition; none: the line is a remark."""
     goal: float | None = None
-    """The median should not be above this."""
+    """The median should not be above this; with ``at_least`` not below."""
+    at_least: bool = False
+    """Whether more is better."""
 
     @property
     def median(self) -> float:
@@ -40,7 +42,14 @@ class Line:
     @property
     def reached(self) -> bool | None:
         """Whether the goal is met; None where there is none."""
-        return None if self.goal is None else self.median <= self.goal
+        if self.goal is None:
+            return None
+        return self.median >= self.goal if self.at_least else self.median <= self.goal
+
+    @property
+    def sign(self) -> str:
+        """On which side of the goal the median should be."""
+        return "≥" if self.at_least else "≤"
 
 
 class Lab:
@@ -58,7 +67,7 @@ class Lab:
         self.repeats = repeats
         self.quick = quick
         self._folder = tempfile.TemporaryDirectory(prefix="cellimg-benchmark-")
-        self._runs: dict[tuple[str, str], Results] = {}
+        self._once: dict[str, Results] = {}
         self.stored_ratio: float | None = None
         """Bytes over stored bytes of the zarr input, once it was written."""
 
@@ -91,34 +100,39 @@ class Lab:
             results[name].append(result)
         return results
 
+    def once(self, name: str, measure: Callable[[], Results]) -> Results:
+        """Return what was measured under this name, which several rows share."""
+        if name not in self._once:
+            self._once[name] = measure()
+        return self._once[name]
+
     def runs(self, function: str, source: str) -> Results:
         """Compute a whole image with each method; checked to be equal voxel by voxel."""
-        if (function, source) not in self._runs:
-            arguments: dict[str, Any] = {
-                "function": function,
-                "cell": 16 if self.quick else 64,
-                "size": 64 if self.quick else 512,
+        return self.once(f"{function}, {source}", lambda: self._runs(function, source))
+
+    def _runs(self, function: str, source: str) -> Results:
+        arguments: dict[str, Any] = {
+            "function": function,
+            "cell": 16 if self.quick else 64,
+            "size": 64 if self.quick else 512,
+        }
+        if source == "zarr":
+            arguments |= {"zarr": self._zarr_folder(), "cache_mib": 256}
+        methods = ["bare", "cells", "cells_kept", "map_overlap"]
+        if source == "zarr":
+            methods.remove("cells_kept")
+        results = self.measure(
+            {
+                f"{function}, {source}: {method}": ("run", {"method": method, **arguments})
+                for method in methods
             }
-            if source == "zarr":
-                arguments |= {"zarr": self._zarr_folder(), "cache_mib": 256}
-            methods = ["bare", "cells", "cells_kept", "map_overlap"]
-            if source == "zarr":
-                methods.remove("cells_kept")
-            results = self.measure(
-                {
-                    f"{function}, {source}: {method}": ("run", {"method": method, **arguments})
-                    for method in methods
-                }
-            )
-            results = dict(zip(methods, results.values(), strict=True))
-            (expected,) = {result["digest"] for result in results["bare"]}
-            for method in methods:
-                if any(result["digest"] != expected for result in results[method]):
-                    raise MeasurementError(
-                        f"{function}, {source}: {method} differs from the bare loop"
-                    )
-            self._runs[function, source] = results
-        return self._runs[function, source]
+        )
+        results = dict(zip(methods, results.values(), strict=True))
+        (expected,) = {result["digest"] for result in results["bare"]}
+        for method in methods:
+            if any(result["digest"] != expected for result in results[method]):
+                raise MeasurementError(f"{function}, {source}: {method} differs from the bare loop")
+        return results
 
     def _zarr_folder(self) -> str:
         folder = Path(self._folder.name, "inputs")

@@ -31,5 +31,6 @@ def blocked(lazy: da.Array, f: Callable[..., Any]) -> da.Array:
     return lazy.map_blocks(f, dtype=lazy.dtype, meta=meta)
 
 
-def computed(lazy: da.Array) -> np.ndarray:
-    return np.asarray(lazy.compute(scheduler="threads", num_workers=CORES))
+def computed(lazy: da.Array, **where: Any) -> np.ndarray:
+    """Compute on two threads, or with other arguments of `dask.compute`."""
+    return np.asarray(lazy.compute(**(where or {"scheduler": "threads", "num_workers": CORES})))

@@ -62,7 +62,7 @@ def warm_many(cells_per_axis: int, times: int) -> dict[str, Any]:
     """Read cells, and a region of 64 cells, while few or many tiny cells are cached."""
     edge = 4
     grid = ci.CellGrid((edge * cells_per_axis,) * 3, edge)
-    img = ci.fill_cells(_fill_with_index, grid, dtype=np.uint8)
+    img = ci.fill_cells(inputs.fill_with_index, grid, dtype=np.uint8)
     img.prefetch().result()
     held = img.stats()
     assert (held.loads, held.evictions) == (grid.num_cells, 0)
@@ -80,10 +80,6 @@ def warm_many(cells_per_axis: int, times: int) -> dict[str, Any]:
     }
     assert img.stats().loads == grid.num_cells
     return result
-
-
-def _fill_with_index(block: ci.Block) -> None:
-    block.data[...] = block.index % 251
 
 
 def _load_all(img: ci.CellImg, indices: list[int]) -> None:

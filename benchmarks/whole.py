@@ -92,6 +92,13 @@ METHODS = {
 
 def overhead(method: str, rows: int, columns: int, times: int) -> dict[str, Any]:
     """Compute many tiny cells with two threads, and call the function alone on their inputs."""
+    return overhead_per_cell(OVERHEAD[method], rows, columns, times)
+
+
+def overhead_per_cell(
+    whole: Callable[[np.ndarray, int], np.ndarray], rows: int, columns: int, times: int
+) -> dict[str, Any]:
+    """Measure what ``whole(image, edge)`` takes beyond the function, `inputs.plus_one`."""
     edge = 16
     image = np.random.default_rng(7).integers(0, 255, (rows * edge, columns * edge, 1), np.uint8)
     views = [
@@ -104,7 +111,6 @@ def overhead(method: str, rows: int, columns: int, times: int) -> dict[str, Any]
         for view in views:
             inputs.plus_one(view)
 
-    whole = OVERHEAD[method]
     small = image[: 4 * edge, : 4 * edge]
     assert np.array_equal(whole(small, edge), small + 1)
     seconds = []
@@ -118,10 +124,13 @@ def overhead(method: str, rows: int, columns: int, times: int) -> dict[str, Any]
     return {
         "overhead_us": 1e6 * (median(seconds) - function) / len(views),
         "function_us": 1e6 * function / len(views),
+        "per_s": len(views) / median(seconds),
     }
 
 
-def _tiny_cells(image: np.ndarray, edge: int, halo: Any = 0, cache: Any = None) -> np.ndarray:
+def tiny_cells(
+    image: np.ndarray, edge: int, halo: Any = 0, cache: Any = None, queue: Any = None
+) -> np.ndarray:
     return np.asarray(
         ci.map_cells(
             inputs.plus_one,
@@ -130,15 +139,16 @@ def _tiny_cells(image: np.ndarray, edge: int, halo: Any = 0, cache: Any = None) 
             dtype=image.dtype,
             cell_shape=(edge, edge, 1),
             cache=cache,
+            queue=queue,
         )
     )
 
 
-def _tiny_map_blocks(image: np.ndarray, edge: int) -> np.ndarray:
+def tiny_map_blocks(image: np.ndarray, edge: int, **where: Any) -> np.ndarray:
     from benchmarks import peers
 
     lazy = peers.chunked(image, (edge, edge, 1))
-    return peers.computed(peers.blocked(lazy, inputs.plus_one))
+    return peers.computed(peers.blocked(lazy, inputs.plus_one), **where)
 
 
 def _tiny_map_overlap(image: np.ndarray, edge: int) -> np.ndarray:
@@ -149,9 +159,9 @@ def _tiny_map_overlap(image: np.ndarray, edge: int) -> np.ndarray:
 
 
 OVERHEAD: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    "cells": _tiny_cells,
-    "cells_kept": lambda image, edge: _tiny_cells(image, edge, cache="shared"),
-    "cells_halo": lambda image, edge: _tiny_cells(image, edge, halo=(1, 1, 0)),
-    "map_blocks": _tiny_map_blocks,
+    "cells": tiny_cells,
+    "cells_kept": lambda image, edge: tiny_cells(image, edge, cache="shared"),
+    "cells_halo": lambda image, edge: tiny_cells(image, edge, halo=(1, 1, 0)),
+    "map_blocks": tiny_map_blocks,
     "map_overlap": _tiny_map_overlap,
 }

@@ -8,7 +8,11 @@
 array([ 0, -1])
 """
 
+from cellimg_dask.batch.lock import TargetInUseError
+from cellimg_dask.batch.report import RunReport
+from cellimg_dask.batch.run import run
 from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.content import NoContentError
 from cellimg_dask.blocks.errors import (
     BlockError,
     CellimgError,
@@ -44,16 +48,20 @@ __all__ = [
     "Halo",
     "InitError",
     "Input",
+    "NoContentError",
     "NoWorkersError",
     "QueueClosedError",
     "ReadError",
     "ResultError",
     "Roi",
+    "RunReport",
+    "TargetInUseError",
     "Worker",
     "WorkerDiedError",
     "fill_cells",
     "get_cache",
     "get_worker",
     "map_cells",
+    "run",
     "set_cache",
 ]

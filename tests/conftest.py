@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 import cellimg_dask as ci
+from cellimg_dask.loading.crew import get_crew
 
 settings.register_profile(
     "default",
@@ -48,10 +56,54 @@ def _own_budget():
     cache.resize(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _segments() -> Iterator[set[str]]:
+    """Names of all shared memory that this process ever makes."""
+    made: set[str] = set()
+    try:
+        import _posixshmem
+    except ImportError:
+        yield made
+        return
+    shm_open = _posixshmem.shm_open
+
+    def noted(path: str, flags: int, mode: int = 511) -> int:
+        descriptor = shm_open(path, flags, mode=mode)
+        if flags & os.O_CREAT:
+            made.add(path.lstrip("/"))
+        return descriptor
+
+    _posixshmem.shm_open = noted
+    yield made
+    _posixshmem.shm_open = shm_open
+
+
+@pytest.fixture
+def footprint(_segments: set[str]) -> Callable[[], dict[str, Any]]:
+    """Return what this process holds: threads, child processes, descriptors, shared memory."""
+
+    def measure() -> dict[str, Any]:
+        return {
+            "threads": {t for t in threading.enumerate() if not _belongs_to_a_pool(t)},
+            "processes": _children(),
+            "segments": _existing(_segments),
+            "descriptors": len(_descriptors()),
+        }
+
+    # Starts with the first shared memory, and stays.
+    resource_tracker.ensure_running()
+    return measure
+
+
 @pytest.fixture(autouse=True)
-def _no_leaks():
-    """Fail a test that leaves threads (but for the library's own crew) or descriptors behind."""
+def _no_leaks(_segments: set[str]):
+    """Fail a test that leaves threads, processes, shared memory or pipes behind.
+
+    Threads and processes of pools that are shared and stay are let be, and so are sockets.
+    """
+    resource_tracker.ensure_running()
     threads = set(threading.enumerate())
+    processes, segments, pipes = _children(), _existing(_segments), _pipes()
     yield
     left = [
         thread
@@ -59,13 +111,60 @@ def _no_leaks():
         if thread not in threads and thread.is_alive() and not _belongs_to_a_pool(thread)
     ]
     assert not left, f"threads left running: {left}"
+    assert not _existing(_segments) - segments, "shared memory left"
+    left_processes = {pid: what for pid, what in _children().items() if pid not in processes}
+    assert not left_processes, f"processes left: {left_processes}"
+    if _has_cluster():
+        # Its workers may have been started again, with new pipes.
+        return
+    if _pipes() - pipes:
+        gc.collect()
+    assert not _pipes() - pipes, "pipes left open"
+
+
+def _has_cluster() -> bool:
+    spec = sys.modules.get("distributed.deploy.spec")
+    return spec is not None and len(spec.SpecCluster._instances) > 0
+
+
+def _children() -> dict[int, str]:
+    """Return the child processes and how they were called, but for multiprocessing's own."""
+    found: dict[int, str] = {}
+    for thread in Path("/proc/self/task").glob("*"):
+        # Threads and processes may end meanwhile.
+        with suppress(OSError):
+            for pid in (thread / "children").read_text().split():
+                with suppress(OSError):
+                    called = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+                    if "multiprocessing" not in called:
+                        found[int(pid)] = called
+    return found
+
+
+def _existing(segments: set[str]) -> set[str]:
+    return {name for name in segments if Path("/dev/shm", name).exists()}
+
+
+def _descriptors() -> dict[int, str]:
+    found: dict[int, str] = {}
+    for entry in Path("/proc/self/fd").glob("*"):
+        # The one that looks is gone.
+        with suppress(OSError):
+            found[int(entry.name)] = str(entry.readlink())
+    return found
+
+
+def _pipes() -> set[str]:
+    return {what for what in _descriptors().values() if what.startswith("pipe:")}
 
 
 def _belongs_to_a_pool(thread: threading.Thread) -> bool:
-    # Pools of the process: the library's crew, dask's, zarr's event loop, distributed's and
-    # tqdm's helpers. They are shared and stay.
+    # The library's own: the crew of the process is shared and stays, those of queues end.
+    if thread.name.startswith("cellimg"):
+        return thread in get_crew()._threads
+    # Pools of the process: dask's, zarr's event loop, distributed's and tqdm's helpers. They are
+    # shared and stay.
     names = (
-        "cellimg",
         "ThreadPoolExecutor",
         "zarr",
         "Dask",

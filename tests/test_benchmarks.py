@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,13 @@ pytest.importorskip("scipy")
 pytest.importorskip("distributed")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = "abcdefgh"
+ROWS = {"core": "abcdefgh", "queue": "abcde"}
+WITH_GOALS = {"core": "abcdefgh", "queue": "abde"}
 
 
-def run_core(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_benchmark(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.core", *arguments],
+        [sys.executable, "-m", f"benchmarks.{program}", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -28,32 +30,47 @@ def run_core(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_quick_run_prints_every_row_and_judges_nothing(tmp_path: Path) -> None:
-    values = tmp_path / "values.json"
-    done = run_core("--quick", "--json", str(values))
+def quick_run(program: str, values: Path) -> dict[str, list[dict[str, Any]]]:
+    """Check what every quick run prints and writes; return the lines that were written, by row."""
+    done = run_benchmark(program, "--quick", "--json", str(values))
     assert done.returncode == 0, done.stderr
 
-    heading, *lines, facts = done.stdout.splitlines()
+    heading, *table, facts = done.stdout.splitlines()
     assert heading.split() == ["row", "measured", "median", "min", "–", "max", "goal"]
-    printed = [line[0] for line in lines if line[:1].strip()]
-    assert "".join(printed) == ROWS
+    printed = [line[0] for line in table if line[:1].strip()]
+    assert "".join(printed) == ROWS[program]
     assert "reached" not in done.stdout
-    for name in ("cores", "Python", "numpy", "dask", "zarr"):
+    for name in ("cores", "Python", "numpy", "dask", "distributed", "zarr"):
         assert f"{name} " in facts
 
-    written = json.loads(values.read_text())
-    assert {line["row"] for line in written["lines"]} == set(ROWS)
-    judged = {line["row"] for line in written["lines"] if line["goal"] is not None}
-    assert judged == set(ROWS)
-    assert all(len(line["values"]) == 1 for line in written["lines"])
-    counted = {line["what"]: line["median"] for line in written["lines"] if line["row"] == "h"}
+    lines = json.loads(values.read_text())["lines"]
+    assert all(len(line["values"]) == 1 for line in lines)
+    rows = {row: [line for line in lines if line["row"] == row] for row in ROWS[program]}
+    assert sum(map(len, rows.values())) == len(lines)
+    judged = {line["row"] for line in lines if line["goal"] is not None}
+    assert judged == set(WITH_GOALS[program])
+    return rows
+
+
+def test_a_quick_run_prints_every_row_and_judges_nothing(tmp_path: Path) -> None:
+    written = quick_run("core", tmp_path / "values.json")
+    counted = {line["what"]: line["median"] for line in written["h"]}
     # What does not depend on time holds in a quick run too.
     assert [n for what, n in counted.items() if what.startswith("tasks per cell")] == [1, 1, 1]
     assert [n for what, n in counted.items() if what.startswith("calls of the")] == [0, 0]
 
 
-def test_an_unknown_row_is_refused_with_the_rows_there_are() -> None:
-    done = run_core("--only", "a,z")
+def test_a_quick_run_of_the_queues_prints_every_row_too(tmp_path: Path) -> None:
+    written = quick_run("queue", tmp_path / "values.json")
+    # A parameter travels once to the scheduler, and at most once to each worker.
+    travels = [line for line in written["d"] if line["unit"] == "×"]
+    assert len(travels) == 4
+    assert all(line["reached"] for line in travels)
+
+
+@pytest.mark.parametrize("program", ROWS)
+def test_an_unknown_row_is_refused_with_the_rows_there_are(program: str) -> None:
+    done = run_benchmark(program, "--only", "a,z")
     assert done.returncode == 2
     assert "no row z" in done.stderr
-    assert ",".join(ROWS) in done.stderr
+    assert ",".join(ROWS[program]) in done.stderr

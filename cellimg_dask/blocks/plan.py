@@ -61,6 +61,8 @@ class InputPlan:
     """From the cell's Roi to the input's Roi, both without halo."""
     fill_value: Any = 0
     """What lies beyond the border where ``boundary`` is ``constant``."""
+    version: str | None = None
+    """What stands for the input's content, where the user says so."""
 
     def __post_init__(self) -> None:
         check_boundary(self.boundary)

@@ -35,6 +35,8 @@ class BlockJob:
     """Keyword parameters for the function."""
     dtype: np.dtype[Any]
     """Of the result, in native byte order."""
+    version: str | None = None
+    """What stands for the function's content, where the user says so."""
 
     def apply(
         self, plan: CellPlan, inputs: tuple[NDArray[Any], ...], out: NDArray[Any] | None

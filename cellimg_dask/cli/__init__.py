@@ -1,4 +1,4 @@
-"""The command line: ``cellimg demo`` and ``cellimg info``.
+"""The command line: ``cellimg demo``, ``info``, ``run``, ``plan`` and ``status``.
 
 Floor 6: it may use everything. What a command needs is imported when that command runs, so that
 ``cellimg --help`` is quick and the packages of the extras stay optional.
@@ -10,6 +10,7 @@ import click
 
 from cellimg_dask.cli.demo import demo
 from cellimg_dask.cli.info import info
+from cellimg_dask.cli.run import plan, run, status
 
 __all__ = ["main"]
 
@@ -20,5 +21,5 @@ def main() -> None:
     """Run NumPy functions block by block over images larger than memory, lazily."""
 
 
-main.add_command(demo)
-main.add_command(info)
+for command in (demo, info, run, plan, status):
+    main.add_command(command)

@@ -47,6 +47,7 @@ def map_cells(
     shrink: SupportsIndex | Iterable[SupportsIndex] = 1,
     cache: CellCache | str | None = "shared",
     queue: BlockQueue | None = None,
+    version: str | None = None,
 ) -> CellImg:
     """Return the lazy image ``f(*inputs)``, computed cell by cell.
 
@@ -92,6 +93,8 @@ def map_cells(
         compute a cell again for each neighbour.
     queue : BlockQueue, optional
         Workers that run ``f``; default: the threads of this process.
+    version : str, optional
+        Stands for ``f`` in keys on disk, in place of its compiled code and what that refers to.
 
     Returns
     -------
@@ -168,6 +171,7 @@ def map_cells(
         params,
         cache,
         queue,
+        version,
     )
 
 
@@ -182,6 +186,7 @@ def fill_cells(
     params: Mapping[str, Any] | None = None,
     cache: CellCache | str | None = "shared",
     queue: BlockQueue | None = None,
+    version: str | None = None,
 ) -> CellImg:
     """Return a lazy image whose cells ``f`` fills: ``f(block)`` writes into ``block.data``.
 
@@ -198,7 +203,7 @@ def fill_cells(
         ``Input(array, index_map=…)``.
     dtype : dtype
         Of the image.
-    halo, boundary, fill_value, params, cache, queue
+    halo, boundary, fill_value, params, cache, queue, version
         As in `map_cells`.
 
     Returns
@@ -237,7 +242,8 @@ def fill_cells(
         else:
             wide: HaloLike = main_halo if len(item.shape) == grid.ndim else halo
             plans.append(item.plan(number, None, wide, boundary, fill_value))
-    return _make(FillFunction(f), grid, items, plans, _checked_dtype(dtype), params, cache, queue)
+    checked = _checked_dtype(dtype)
+    return _make(FillFunction(f), grid, items, plans, checked, params, cache, queue, version)
 
 
 def _plan_linked(
@@ -282,6 +288,7 @@ def _make(
     params: Mapping[str, Any] | None,
     cache: CellCache | str | None,
     queue: BlockQueue | None,
+    version: str | None,
 ) -> CellImg:
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(f"params must be a mapping of names, got {type(params).__name__}")
@@ -312,8 +319,12 @@ def _make(
         else make_reader(item.array, chunks)
         for item in items
     ]
+    if version is not None and not isinstance(version, str):
+        raise TypeError(f"version must be a string, got {type(version).__name__}")
     planner = Planner(grid, plans)
-    return CellImg(CellLoader(function, planner, readers, dtype, params or {}, keep, queue))
+    return CellImg(
+        CellLoader(function, planner, readers, dtype, params or {}, keep, queue, version)
+    )
 
 
 def _axes(value: Any, ndim: int, what: str) -> tuple[int, ...]:

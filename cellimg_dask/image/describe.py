@@ -45,6 +45,9 @@ def _facts(loader: CellLoader) -> dict[str, str]:
     }
     if loader.queue is not None:
         facts["queue"] = repr(loader.queue)
+    if loader.shelf.cache.disk is not None:
+        refused = loader.lasting.refused
+        facts["on disk"] = f"no: {refused}" if refused else str(loader.shelf.cache.disk.folder)
     return facts
 
 

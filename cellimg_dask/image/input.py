@@ -33,6 +33,9 @@ class Input:
     index_map : callable, optional
         From the output cell's `Roi` to the `Roi` of this input, both without halo. Default: the
         input has the image's shape, or one that NumPy would broadcast to it.
+    version : str, optional
+        Stands for the content of the array in keys on disk. Needed only for arrays that cannot
+        be compared (`content_key` says so): another version, another content.
 
     Examples
     --------
@@ -49,6 +52,7 @@ class Input:
     boundary: str | None = None
     fill_value: Any = None
     index_map: Callable[[Roi], Roi] | None = None
+    version: str | None = None
 
     def __post_init__(self) -> None:
         check_array(self.array)
@@ -58,6 +62,8 @@ class Input:
             raise TypeError(
                 f"index_map must be a callable from Roi to Roi, got {type(self.index_map).__name__}"
             )
+        if self.version is not None and not isinstance(self.version, str):
+            raise TypeError(f"version must be a string, got {type(self.version).__name__}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,6 +101,7 @@ class Input:
             None if self.index_map is not None else tuple(links or ()),
             self.index_map,
             fill,
+            self.version,
         )
 
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from time import perf_counter, thread_time
 from typing import Any, TypeVar
 
+from cellimg_dask.blocks.functions import current_worker
 from cellimg_dask.geometry import as_int
 from cellimg_dask.state.flights import current_flight, inside
 
@@ -95,8 +96,11 @@ class Crew:
 
         Returns when all are done. If one raises, no further item is begun and the first
         exception is raised here, after the running ones have ended.
+
+        Inside a block that a queue's worker runs, all are done here: a thread that helped might
+        wait for a worker, and that one for this block.
         """
-        if count <= 1 or self.num_threads == 1:
+        if count <= 1 or self.num_threads == 1 or current_worker() is not None:
             for item in items:
                 work(item)
             return
@@ -138,15 +142,16 @@ class Crew:
             task()
         return future
 
-    def close(self) -> None:
+    def close(self, *, join: bool = True) -> None:
         """End the threads after what they are doing; a later call starts new ones."""
         with self._lock:
             threads, self._threads = self._threads, []
             tasks, self._tasks = self._tasks, SimpleQueue()
-        for _ in threads:
-            tasks.put(None)
+        tasks.put(None)
         for thread in threads:
-            thread.join()
+            # A thread that drops the last reference to a queue closes it.
+            if join and thread is not threading.current_thread():
+                thread.join()
 
     def _hire(self, job: _Job, wanted: int) -> list[_Helper]:
         with self._lock:
@@ -192,6 +197,9 @@ def _serve(tasks: SimpleQueue[Callable[[], object] | None]) -> None:
     while True:
         task = tasks.get()
         if task is None:
+            # For the next one. How many there are is not known for sure: who started them may
+            # have been interrupted.
+            tasks.put(None)
             return
         task()
         # A thread that waits holds nothing of what it did.

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from heapq import heappop, heappush
 from time import perf_counter
 from typing import Any
@@ -25,6 +25,7 @@ from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.geometry import CellGrid, Roi, tiles
 from cellimg_dask.loading.crew import Crew, get_crew
 from cellimg_dask.loading.deep import PILLAR_DISTANCE, supported
+from cellimg_dask.loading.lasting import Lasting
 from cellimg_dask.loading.readers import (
     AbsentReader,
     ArrayReader,
@@ -73,6 +74,8 @@ class CellLoader:
         Keeps the cells.
     queue : Queue, optional
         Where block functions run, or cells are computed; default: on the threads of the process.
+    version : str, optional
+        Stands for the function in keys on disk.
 
     Notes
     -----
@@ -88,6 +91,7 @@ class CellLoader:
         params: Mapping[str, Any],
         cache: CellCache,
         queue: Queue | None = None,
+        version: str | None = None,
     ) -> None:
         self.function = function
         self.planner = planner
@@ -95,7 +99,7 @@ class CellLoader:
         self.dtype = native(dtype)
         self.params = dict(params)
         self.queue = queue
-        self.job = BlockJob(function, planner, self.params, self.dtype)
+        self.job = BlockJob(function, planner, self.params, self.dtype, version)
         self.shelf: Shelf = cache.shelf(self)
         blocks = None if queue is None else queue.blocks
         if blocks is None:
@@ -126,6 +130,11 @@ class CellLoader:
         if self.queue is None or self.queue.blocks is None:
             return get_crew()
         return self.queue.blocks.crew
+
+    @cached_property
+    def lasting(self) -> Lasting:
+        """The image's cells on the disk."""
+        return Lasting(self)
 
     def upstream(self) -> list[CellLoader]:
         """Return the loaders that this one reads from directly."""
@@ -249,7 +258,21 @@ class CellLoader:
         """Yield cells that are computed elsewhere, as they come; with ``keep`` from the cache."""
         assert self._cells is not None
         edition = self.edition
-        for index, value, seconds in self._cells.fetch(self, indices):
+        disk = self.shelf.cache.disk
+        keys: dict[int, str | None] = {}
+        missing = []
+        for index in indices:
+            if disk is None:
+                missing.append(index)
+                continue
+            keys[index], found = self.lasting.find(disk, index)
+            if found is None:
+                missing.append(index)
+            else:
+                yield index, self._publish(index, found, 0.0, edition) if keep else found
+        for index, value, seconds in self._cells.fetch(self, missing):
+            if disk is not None:
+                self.lasting.keep(disk, index, keys[index], value)
             if keep:
                 yield index, self._publish(index, value, seconds, edition)
             else:
@@ -341,9 +364,19 @@ class CellLoader:
             ) from error
 
     def compute_owned(self, index: int, readers: Sequence[Reader] | None = None) -> NDArray[Any]:
-        """Compute a cell, past the cache, into an array that nobody else holds."""
+        """Compute a cell, past the cache, into an array that nobody else holds.
+
+        With a disk behind the cache it may be found there instead.
+        """
+        disk = self.shelf.cache.disk
+        if disk is None or readers is not None:
+            return self._compute_owned(index, self.readers if readers is None else readers)
+        compute = partial(self._compute_owned, readers=self.readers)
+        return self.lasting.load(disk, index, compute)
+
+    def _compute_owned(self, index: int, readers: Sequence[Reader]) -> NDArray[Any]:
         plan = self.plan(index)
-        result = self._compute(plan, self.readers if readers is None else readers, None)
+        result = self._compute(plan, readers, None)
         if self._fresh:
             return result
         # A copy: the function may have returned a view of its input, or a buffer that it will
@@ -385,13 +418,17 @@ class CellLoader:
         began = perf_counter()
         try:
             with inside(flight):
-                if target.shape == plan.shape:
+                if self.shelf.cache.disk is not None:
+                    target[...] = self.compute_owned(index)[source]
+                elif target.shape == plan.shape:
                     self._compute(plan, self.readers, target)
                 else:
                     target[...] = self._compute(plan, self.readers, None)[source]
         except Exception:
             self.shelf.record(0.0, failed=True)
             raise
+        finally:
+            flight.landed = True
         self.shelf.record(perf_counter() - began)
 
     def _read_all(self, plan: CellPlan, readers: Sequence[Reader]) -> tuple[NDArray[Any], ...]:
@@ -429,6 +466,7 @@ class CellLoader:
             self.params,
             self.shelf.cache,
             self.queue,
+            self.job.version,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -441,6 +479,7 @@ class CellLoader:
             self.params,
             self.shelf.cache,
             self.queue,
+            self.job.version,
         )
 
     def _cycle(self, index: int) -> CycleError:

@@ -30,6 +30,7 @@ __all__ = [
     "make_reader",
     "native",
     "read_windows",
+    "stored_array",
 ]
 
 
@@ -361,6 +362,12 @@ def _checked(data: Any, box: Box, array: Any) -> NDArray[Any]:
             f"{array.dtype}; make it say what it gives, for instance with astype"
         )
     return block
+
+
+def stored_array(reader: ChunkedReader) -> Any:
+    """Return the store's own array behind a reader."""
+    array = reader.array
+    return array._array if isinstance(array, _Twin) else array
 
 
 class _Twin:

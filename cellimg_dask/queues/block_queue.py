@@ -104,7 +104,8 @@ class BlockQueue:
     ) -> None:
         self._closed = True  # Until there is something to close.
         check_init(init)
-        self._init = init
+        self.init = init
+        """What prepares each worker."""
         self._token: str | None = None
         self._local: ThreadBlocks | ProcessBlocks | None = None
         self._cluster: ClusterCells | None = None
@@ -167,7 +168,7 @@ class BlockQueue:
         if self._token is None:
             from dask.base import tokenize
 
-            self._token = tokenize("BlockQueue", self._init)
+            self._token = tokenize("BlockQueue", self.init)
         return self._token
 
     def close(self, wait_s: float | None = None) -> None:
@@ -208,7 +209,7 @@ class BlockQueue:
             self.close(0 if self.backend == "processes" else None)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Arrived(self.token, self._init).__reduce__()
+        return Arrived(self.token, self.init).__reduce__()
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""

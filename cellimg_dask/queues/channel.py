@@ -6,10 +6,12 @@ is the process that was started, or that started this one.
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 from contextlib import suppress
-from typing import Any, BinaryIO
+from io import FileIO
+from typing import Any
 
 __all__ = ["Channel"]
 
@@ -17,22 +19,25 @@ _LENGTH = struct.Struct("<Q")
 
 
 class Channel:
-    """Two ends of pipes.
+    """Two ends of pipes, unbuffered.
+
+    A buffer has a lock, which a thread may hold while the process is forked.
 
     Notes
     -----
     Not thread-safe: one sends and receives at a time.
     """
 
-    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
+    def __init__(self, source: FileIO, sink: FileIO) -> None:
         self._source = source
         self._sink = sink
 
     def send(self, *message: Any) -> None:
         """Send a message; `OSError` if the other end is gone."""
         body = pickle.dumps(message, protocol=5)
-        self._sink.write(_LENGTH.pack(len(body)) + body)
-        self._sink.flush()
+        left = memoryview(_LENGTH.pack(len(body)) + body)
+        while left:
+            left = left[self._sink.write(left) :]
 
     def receive(self) -> tuple[Any, ...]:
         """Wait for a message; `EOFError` if the other end is gone."""
@@ -40,11 +45,23 @@ class Channel:
         message: tuple[Any, ...] = pickle.loads(self._read(length))
         return message
 
-    def _read(self, length: int) -> bytes:
-        data = self._source.read(length)
-        if len(data) < length:
-            raise EOFError
+    def _read(self, length: int) -> bytearray:
+        data = bytearray(length)
+        left = memoryview(data)
+        while left:
+            count = self._source.readinto(left)
+            if not count:
+                raise EOFError
+            left = left[count:]
         return data
+
+    def abandon(self) -> None:
+        """Turn both ends away from the pipes, which this process was not meant to have."""
+        # Their numbers stay taken, until the files here are closed.
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for end in (self._source, self._sink):
+            os.dup2(nothing, end.fileno(), inheritable=False)
+        os.close(nothing)
 
     def close(self) -> None:
         """Close both ends."""

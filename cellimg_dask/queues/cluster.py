@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import dataclass
 from itertools import count
 from math import ceil, prod
-from time import monotonic, perf_counter
-from typing import Any
+from time import monotonic, perf_counter, sleep
+from typing import Any, NoReturn
 from uuid import uuid4
 
+import cloudpickle
 import numpy as np
 from dask.task_spec import Task, TaskRef
-from distributed import wait
 from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.errors import (
+    CellimgError,
+    InitError,
     NoWorkersError,
     QueueClosedError,
+    ReadError,
     WorkerDiedError,
+    describe,
 )
 from cellimg_dask.geometry import as_int
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.running import INTERACTIVE, priority
 from cellimg_dask.queues.connect import connect, is_local
-from cellimg_dask.queues.held import Held
+from cellimg_dask.queues.held import Held, handle, is_dead, release
 from cellimg_dask.queues.here import Arrived
-from cellimg_dask.queues.tasks import CellCall, CellLayer, dask_arrays, stages_of
+from cellimg_dask.queues.tasks import CellCall, CellLayer, chunk_tasks, fit_cache, stages_of
 
 __all__ = ["ClusterCells"]
 
@@ -46,6 +53,10 @@ _FIRST_BATCH = 8
 _LARGEST_BATCH = 1000
 # So often a read that waits looks whether there still is somebody to wait for.
 _LOOK_EVERY_S = 1.0
+# So often a queue that is made looks whether workers have come.
+_LOOK_FOR_WORKERS_EVERY_S = 0.1
+# What a worker is taken to have that was given no limit.
+_MEMORY_WITHOUT_LIMIT = 4 << 30
 # distributed: the larger the sooner. Somebody's batch has 0 by default.
 _DASK_PRIORITY_OF_INTERACTIVE = 10
 
@@ -85,7 +96,7 @@ class ClusterCells:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be above 0, got {timeout_s!r}")
         self._timeout_s = timeout_s
-        self._resources = dict(resources or {})
+        self.resources = dict(resources or {})
         self._closed = False
         self._images: weakref.WeakKeyDictionary[CellLoader, _Image] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -93,10 +104,14 @@ class ClusterCells:
         self.client, self._own_client = connect(backend, timeout_s=timeout_s, insecure=insecure)
         try:
             # Through the scheduler goes what the client may not be able to ask workers for.
-            self._direct = is_local(self.client.scheduler.address) or None
+            self._address = self.client.scheduler.address
+            self._direct = is_local(self._address) or None
             self._wait_for_workers(num_workers)
             if max_bytes is None:
-                limits = [info.get("memory_limit") or 0 for info in self._workers().values()]
+                limits = [
+                    worker.get("memory_limit") or _MEMORY_WITHOUT_LIMIT
+                    for worker in self._workers().values()
+                ]
                 max_bytes = sum(limits) // 4
             self.held = Held(max_bytes)
             self._prepare(arrived)
@@ -112,44 +127,63 @@ class ClusterCells:
 
     def _workers(self) -> dict[str, Any]:
         """Return the workers that have what cells need."""
-        info = self.client.scheduler_info(n_workers=-1)["workers"]
+        if self.client.status != "running":
+            return {}
+        info = self.client.scheduler_info(n_workers=-1).get("workers", {})
         return {
             address: worker
             for address, worker in info.items()
-            if all(worker["resources"].get(name, 0) >= n for name, n in self._resources.items())
+            if all(worker["resources"].get(name, 0) >= n for name, n in self.resources.items())
         }
 
     def _num_threads(self) -> int:
         return max(1, sum(int(worker["nthreads"]) for worker in self._workers().values()))
 
     def _wait_for_workers(self, num_workers: int) -> None:
-        try:
-            self.client.wait_for_workers(num_workers, timeout=self._timeout_s)
-        except TimeoutError as error:
-            raise NoWorkersError(
-                f"the cluster has {len(self._workers())} of {num_workers} workers after "
-                f"{self._timeout_s:g} s; start more, or give a longer timeout_s"
-            ) from error
-        if not self._workers():
-            raise NoWorkersError(
-                f"no worker has the resources {self._resources}; start workers with them, for "
-                f"instance dask worker --resources GPU=1"
-            )
+        deadline = monotonic() + self._timeout_s
+        while (found := len(self._workers())) < num_workers:
+            if monotonic() > deadline:
+                kind = start = ""
+                if self.resources:
+                    kind = f" with the resources {self.resources}"
+                    start = ", for instance dask worker --resources GPU=1"
+                raise NoWorkersError(
+                    f"the cluster has {found} of {num_workers} workers{kind} after "
+                    f"{self._timeout_s:g} s; start more{start}, or give a longer timeout_s"
+                )
+            sleep(_LOOK_FOR_WORKERS_EVERY_S)
 
     def _prepare(self, arrived: Arrived) -> None:
         """Run ``init`` on all workers now; on those that come later their first task does it."""
+        try:
+            packed = cloudpickle.dumps(arrived)
+        except Exception as error:
+            raise InitError(f"init cannot be sent to the workers: {describe(error)}") from error
         # As tasks and not by client.run, which would run it in the worker's event loop.
-        futures = [
-            self.client.submit(
-                _prepare_worker, arrived, workers=[address], key=f"init-{uuid4()}", pure=False
+        futures = {
+            address: self.client.submit(
+                _prepare_worker, packed, workers=[address], key=f"init-{uuid4()}", pure=False
             )
             for address in self._workers()
-        ]
+        }
+
+        def died(address: str) -> InitError:
+            return InitError(f"the worker at {address} died while init of the queue ran there")
+
         try:
-            self._wait_for(futures)
-            self.client.gather(futures)
+            gathering = self._gather(futures)
+            while not wait([gathering], _LOOK_EVERY_S).done:
+                there = self._workers()
+                for address, future in futures.items():
+                    if address not in there and future.status == "pending":
+                        # The task is for this worker only, and would wait for ever.
+                        raise died(address)
+            for address, future in futures.items():
+                if future.status == "error":
+                    failure = future.exception()
+                    raise died(address) if isinstance(failure, KilledWorker) else failure
         finally:
-            _release(futures)
+            release(futures.values())
 
     # ------------------------------------------------------------------ cells
 
@@ -170,14 +204,24 @@ class ClusterCells:
         image = self._image(loader)
         todo = deque(indices)
         threads = self._num_threads() if len(todo) > _FEW_CELLS else 1
-        requests: list[_Request] = []
+        requests: deque[_Request] = deque()
         try:
             # One request is computed while the results of the one before are fetched.
             while todo or requests:
                 while todo and len(requests) < 2:
                     requests.append(self._request(image, loader, todo, threads))
                 yield from self._collect(image, loader, requests[0], threads)
-                requests.pop(0).release()
+                suspects = requests[0].suspects
+                if suspects:
+                    # The scheduler blames every task that was assigned to a worker which died.
+                    # Alone it shows whose fault it is.
+                    todo.extend(index for request in requests for index in request.cells_left())
+                    _release_all(requests)
+                    self._let_errors_go()
+                    for index in suspects:
+                        yield from self._alone(loader, index)
+                else:
+                    requests.popleft().release()
         except Exception:
             _release_all(requests)
             self._let_errors_go()
@@ -193,10 +237,12 @@ class ClusterCells:
 
     def close(self) -> None:
         """Release what is held; reads under way end with a `QueueClosedError`."""
-        self._closed = True
-        self.held.clear()
-        for image in list(self._images.values()):
-            image.release_definitions()
+        with self._lock:
+            self._closed = True
+            for image in list(self._images.values()):
+                release(image.definition)
+                image.definition = []
+        self.held.close()
         if self._own_client:
             self.client.close()
 
@@ -204,9 +250,15 @@ class ClusterCells:
         with self._lock:
             image = self._images.get(loader)
             if image is None:
-                image = self._images[loader] = _Image(next(self._numbers))
+                image = self._images[loader] = _Image(next(self._numbers), loader.edition)
                 weakref.finalize(loader, _forget_image, self.held, image).atexit = False
-            return image
+        mine = loader.queue is not None and loader.queue.cells is self
+        if not mine and image.edition != loader.edition:
+            # An image upstream that knows nothing of this queue, and so does not tell what to
+            # forget.
+            image.edition = loader.edition
+            self.held.forget(image.number)
+        return image
 
     def _request(
         self, image: _Image, loader: CellLoader, todo: deque[int], threads: int
@@ -235,88 +287,107 @@ class ClusterCells:
         return self._submit_cells(image, loader, cells)
 
     def _submit_cells(self, image: _Image, loader: CellLoader, cells: list[int]) -> _Request:
-        futures: dict[int, Any] = {}
-        others: dict[Any, tuple[int, int, int]] = {}
-        for index in cells:
-            future = self.held.take(image.number, index)
-            if future is not None:
-                futures[index] = future
-        missing = [index for index in cells if index not in futures]
-        request = _Request(cells, futures)
+        # Noted before anything is named or sent: what is outdated from now on is not kept.
+        images = {item: self._image(item) for item in loader.ancestry()}
+        generations = {item: self.held.generation(images[item].number) for item in images}
+        request = _Request(generations[loader])
+        request.cells = self._take(image, cells)
+        missing = [index for index in cells if index not in request.cells]
         request.num_computed = len(missing)
         if not missing:
             return request
         stages = stages_of(loader)
-        layer = CellLayer(stages, elsewhere=True)
-        name = stages[-1][0]
-        loaders = {above: item for above, item, _ in stages}
-        images = {above: self._image(item) for above, item in loaders.items()}
+        loaders = {name: item for name, item, _ in stages}
 
         def held(key: Any) -> Any:
             above = loaders[key[0]]
-            return self.held.key(images[key[0]].number, above.grid.index(key[1:]))
+            found = list(self._take(images[above], [above.grid.index(key[1:])]).values())
+            # Not released before the scheduler knows who needs it.
+            request.uses += found
+            return found[0].key if found else None
 
+        name = stages[-1][0]
         keys = {(name, *loader.grid.position(index)): index for index in missing}
-        tasks = layer.tasks(keys, held)
-        self._use_definitions(images, tasks)
-        arrays = dask_arrays(loader)
-        if arrays:
-            tasks |= _chunk_tasks(loader, tasks)
-        # Cells upstream are held as well: the neighbours of these cells need them again.
-        for key in tasks:
-            if isinstance(key, tuple) and key[0] in loaders and key not in keys:
-                above = loaders[key[0]]
-                index = above.grid.index(key[1:])
-                nbytes = above.grid.cell(index).roi.size * above.dtype.itemsize
-                others[key] = images[key[0]].number, index, nbytes
-        made = self._get(tasks, [*keys, *others])
+        tasks = CellLayer(stages, elsewhere=True).tasks(keys, held)
+        self._use_definitions(request, {key: images[item] for key, item in loaders.items()}, tasks)
+        # Cells upstream are held as well: the neighbours of these cells need them again. From the
+        # first image down.
+        others = [
+            key
+            for key in reversed(tasks)
+            if isinstance(key, tuple) and key[0] in loaders and key not in keys
+        ]
+        made = self._get(tasks | chunk_tasks(loader, tasks), [*keys, *others])
         for key, future in zip([*keys, *others], made, strict=True):
             if key in keys:
-                futures[keys[key]] = future
+                request.cells[keys[key]] = future
             else:
-                request.others.append((*others[key], future))
+                above = loaders[key[0]]
+                index = above.grid.index(key[1:])
+                number, generation = images[above].number, generations[above]
+                request.others.append(_Other(above, index, number, generation, future))
         return request
+
+    def _take(self, image: _Image, indices: Collection[int]) -> dict[int, Any]:
+        """Return handles of the cells that are held."""
+        found, dead = self.held.take(image.number, indices)
+        if dead:
+            release(dead)
+            self._let_errors_go()
+        return found
 
     def _submit_batches(
         self, image: _Image, loader: CellLoader, batches: list[list[int]]
     ) -> _Request:
-        (name, _, _) = stages_of(loader)[-1]
+        request = _Request()
+        stages = stages_of(loader)
+        (name, _, _) = stages[-1]
+        layer = CellLayer(stages, elsewhere=True)
         definition = f"{name}-definition"
-        tasks: dict[Any, Any] = CellLayer(stages_of(loader), elsewhere=True).tasks(
-            [(name, *loader.grid.position(batches[0][0]))], lambda key: None
-        )
-        tasks = {definition: tasks[definition]}
-        self._use_definitions({name: image}, tasks)
+        tasks: dict[Any, Any] = {definition: layer[definition]}
+        self._use_definitions(request, {name: image}, tasks)
         keys = []
         for batch in batches:
             key = f"{name}-batch-{uuid4()}"
             tasks[key] = Task(key, _run_batch, TaskRef(definition), batch)
             keys.append(key)
-        return _Request([], {}, list(zip(batches, self._get(tasks, keys), strict=True)))
+        request.batches = deque(zip(batches, self._get(tasks, keys), strict=True))
+        return request
 
-    def _use_definitions(self, images: Mapping[str, _Image], tasks: dict[Any, Any]) -> None:
+    def _use_definitions(
+        self, request: _Request, images: Mapping[str, _Image], tasks: dict[Any, Any]
+    ) -> None:
         """Send the definitions of images once, and hold them as long as the image lives."""
         for name, image in images.items():
             key = f"{name}-definition"
-            if key not in tasks:
+            task = tasks.pop(key, None)
+            if task is None:
                 continue
             with self._lock:
-                if key in image.definitions:
-                    del tasks[key]
-                    continue
-                (future,) = self._get({key: tasks.pop(key)}, [key])
-                # Others are of the time before the image changed.
-                image.release_definitions()
-                image.definitions[key] = future
+                if self._closed:
+                    raise QueueClosedError("the queue is closed")
+                if any(map(is_dead, image.definition)):
+                    release(image.definition)
+                    image.definition = []
+                    self._let_errors_go()
+                if [future.key for future in image.definition] != [key]:
+                    before = image.definition
+                    image.definition = self._get({key: _packed(key, task.value)}, [key])
+                    # That of the time before the image changed.
+                    release(before)
+                request.uses += map(handle, image.definition)
 
     def _get(self, tasks: dict[Any, Any], keys: list[Any]) -> list[Any]:
-        futures: list[Any] = self.client.get(
-            tasks,
-            keys,
-            sync=False,
-            resources=self._resources or None,
-            priority=_DASK_PRIORITY_OF_INTERACTIVE + INTERACTIVE - priority.get(),
-        )
+        try:
+            futures: list[Any] = self.client.get(
+                tasks,
+                keys,
+                sync=False,
+                resources=self.resources or None,
+                priority=_DASK_PRIORITY_OF_INTERACTIVE + INTERACTIVE - priority.get(),
+            )
+        except Exception as error:
+            self._fail(error)
         return futures
 
     # ------------------------------------------------------------------ results
@@ -324,96 +395,54 @@ class ClusterCells:
     def _collect(
         self, image: _Image, loader: CellLoader, request: _Request, threads: int
     ) -> Iterator[tuple[int, NDArray[Any], float]]:
-        began = perf_counter()
+        """Yield the cells of a request, until one of them is suspected to kill workers."""
         if request.batches:
             yield from self._collect_batches(image, loader, request)
             return
-        self._wait_for(list(request.cells.values()))
+        began = perf_counter()
+        values = self._finished(request.cells)
         wall = perf_counter() - began
-        values = self._gather_cells(image, loader, request)
         if image.seconds is None and request.num_computed >= _FEW_CELLS:
-            # Also the scheduler's time; batches will tell more.
+            # Also the time of the scheduler and of the way here; batches will tell more.
             image.cheap = wall * threads < 5 * _WORTH_A_KEY_S * request.num_computed
-        each = wall / max(1, len(request.order))
-        sizes = loader.dtype.itemsize
-        for number, index, nbytes, future in request.others:
-            if future.status == "finished":
-                self.held.keep(number, index, future, nbytes)
-        for index in request.order:
-            future = request.cells.pop(index)
-            self.held.keep(image.number, index, future, values[index].size * sizes)
-        for index in request.order:
+        self._hold(image, loader, request, values)
+        for index, future in request.cells.items():
+            if is_dead(future):
+                request.suspects[index] = self._killed(loader, index, request, future)
+        each = wall / max(1, len(values))
+        for index in list(values):
             yield index, values.pop(index), each
 
-    def _gather_cells(
-        self, image: _Image, loader: CellLoader, request: _Request
-    ) -> dict[int, NDArray[Any]]:
-        failed = {
-            index: future.exception()
-            for index, future in request.cells.items()
-            if future.status == "error"
-        }
-        for error in failed.values():
-            if not isinstance(error, KilledWorker):
-                raise error
-        if failed:
-            # The scheduler blames every task that was assigned to a worker which died. Alone it
-            # shows whose fault it is.
-            request.release(failed)
-            self._let_errors_go()
-            for index in failed:
-                request.cells[index] = self._alone(image, loader, index)
-        values = self._gather(list(request.cells.values()))
-        return dict(zip(request.cells, values, strict=True))
-
-    def _alone(self, image: _Image, loader: CellLoader, index: int) -> Any:
-        """Compute a cell while nothing else is under way, and return its future."""
-        request = self._submit_cells(image, loader, [index])
-        try:
-            self._wait_for([request.cells[index]])
-            if request.cells[index].status != "error":
-                return request.cells.pop(index)
-            error = request.cells[index].exception()
-        finally:
-            request.release()
-        if not isinstance(error, KilledWorker):
-            raise error
-        # An image upstream may have the cell that kills.
-        names = {name: above for name, above, _ in stages_of(loader)}
-        guilty, position = loader, loader.grid.position(index)
-        if isinstance(error.task, tuple) and error.task[0] in names:
-            guilty, position = names[error.task[0]], error.task[1:]
-        raise WorkerDiedError(
-            guilty.function.name,
-            position,
-            guilty.grid.roi(position),
-            f"every worker process that computed this cell died, the last one at "
-            f"{error.last_worker.address}; other cells are not affected",
-        ) from error
+    def _hold(
+        self, image: _Image, loader: CellLoader, request: _Request, cells: Iterable[int]
+    ) -> None:
+        """Hold what is there of a request: some of its cells, and cells upstream."""
+        others, request.others = request.others, []
+        for other in others:
+            if other.future.status == "finished":
+                nbytes = _num_bytes(other.loader, other.index)
+                self.held.keep(other.number, other.index, other.future, nbytes, other.generation)
+            else:
+                other.future.release()
+        for index in cells:
+            future = request.cells.pop(index)
+            nbytes = _num_bytes(loader, index)
+            self.held.keep(image.number, index, future, nbytes, request.generation)
 
     def _collect_batches(
         self, image: _Image, loader: CellLoader, request: _Request
     ) -> Iterator[tuple[int, NDArray[Any], float]]:
         while request.batches:
             batch, future = request.batches[0]
-            self._wait_for([future])
-            if future.status == "error":
-                error = future.exception()
-                if not isinstance(error, KilledWorker):
-                    raise error
-                for index in batch:
-                    alone = self._alone(image, loader, index)
-                    try:
-                        (value,) = self._gather([alone])
-                    finally:
-                        alone.release()
-                    yield index, value, 0.0
-                request.batches.pop(0)
-                future.release()
-                continue
-            ((flat, costs, errors),) = self._gather([future])
-            request.batches.pop(0)
+            found = self._finished({0: future})
+            if not found:
+                killed = self._killed(loader, batch[0], request, future)
+                request.suspects = dict.fromkeys(batch, killed)
+            request.batches.popleft()
             future.release()
+            if not found:
+                return
+            flat, costs, errors = found.pop(0)
             end = 0
             for number, (index, cost) in enumerate(zip(batch, costs, strict=True)):
                 if number in errors:
@@ -421,9 +450,62 @@ class ClusterCells:
                 shape = loader.grid.cell(index).shape
                 begin, end = end, end + prod(shape)
                 yield index, flat[begin:end].reshape(shape), cost
-            seconds = sum(costs)
-            image.seconds = seconds / len(batch)
+            image.seconds = sum(costs) / len(batch)
             image.cheap = image.seconds < _WORTH_A_KEY_S
+
+    def _alone(self, loader: CellLoader, index: int) -> Iterator[tuple[int, NDArray[Any], float]]:
+        """Yield a cell, computed while nothing else is under way.
+
+        Raises
+        ------
+        WorkerDiedError
+            Of the cell, or of one upstream, if its worker dies again.
+        """
+        image = self._image(loader)
+        request = self._submit_cells(image, loader, [index])
+        above = [(other.loader, other.index) for other in request.others]
+        try:
+            yield from self._collect(image, loader, request, 1)
+        finally:
+            request.release()
+        if not request.suspects:
+            return
+        self._let_errors_go()
+        for upstream in above:
+            for _ in self._alone(*upstream):
+                pass
+        killed = request.suspects[index]
+        position = loader.grid.position(index)
+        raise WorkerDiedError(
+            loader.function.name,
+            position,
+            loader.grid.roi(position),
+            f"every worker process that computed this cell died, the last one at "
+            f"{killed.last_worker.address}; other cells are not affected",
+        ) from killed
+
+    def _killed(
+        self, loader: CellLoader, index: int, request: _Request, future: Any
+    ) -> KilledWorker:
+        """Return the scheduler's word that a worker died; raise if a cell failed otherwise."""
+        for needed in request.uses:
+            if needed.status == "error" and not isinstance(needed.exception(), KilledWorker):
+                # Nothing can be computed where its definition cannot be read.
+                raise needed.exception()
+        if future.status != "error":
+            self._fail(None)
+        error = future.exception()
+        if isinstance(error, (CellimgError, KilledWorker)):
+            if isinstance(error, KilledWorker):
+                return error
+            raise error
+        position = loader.grid.position(index)
+        raise ReadError(
+            loader.function.name,
+            position,
+            loader.grid.roi(position),
+            f"a task that the cell depends on failed: {describe(error)}",
+        ) from error
 
     def _let_errors_go(self) -> None:
         """Wait until released keys are let go, so that asking again computes again."""
@@ -431,97 +513,116 @@ class ClusterCells:
         if self.client.status == "running":
             self.client.sync(asyncio.sleep, 0)
 
-    def _gather(self, futures: list[Any]) -> list[Any]:
-        try:
-            values = self.client.gather(futures, direct=self._direct)
-        except Exception as error:
-            raise self._trouble(error) from error
-        return list(values)
-
-    def _wait_for(self, futures: list[Any]) -> None:
-        """Wait until all are done, well or not; raise if nobody is there to do them."""
+    def _finished(self, futures: Mapping[int, Any]) -> dict[int, Any]:
+        """Wait until all have ended, and return the results of those that did not fail."""
+        gathering = self._gather(futures)
         lonely_since: float | None = None
-        while futures:
-            try:
-                wait(futures, timeout=_LOOK_EVERY_S)
-                return
-            except TimeoutError:
-                pass
-            except Exception as error:
-                raise self._trouble(error) from error
-            if self._closed:
-                raise QueueClosedError("the queue was closed while cells were computed")
-            if self.client.status != "running":
-                raise self._trouble(None)
-            if self._workers():
-                lonely_since = None
-            elif lonely_since is None:
-                lonely_since = monotonic()
-            elif monotonic() - lonely_since > self._timeout_s:
-                raise NoWorkersError(
-                    f"there has been no worker for {self._timeout_s:g} s; start some and read "
-                    f"again: what was computed and is still held is not computed again"
-                )
+        while not wait([gathering], _LOOK_EVERY_S).done:
+            lonely_since = self._look(lonely_since)
+        error = gathering.exception()
+        if error is not None:
+            self._fail(error)
+        return {index: value for index, value in gathering.result().items() if value is not None}
 
-    def _trouble(self, error: Exception | None) -> Exception:
-        """Return what it means that futures are gone."""
-        if self._closed:
-            return QueueClosedError("the queue was closed while cells were computed")
-        if error is not None and not isinstance(error, (OSError, TimeoutError)):
-            name = type(error).__name__
-            if "Cancel" not in name:
-                return error
-        return NoWorkersError(
-            f"the connection to the scheduler at {self.client.scheduler.address} is lost, or "
-            f"somebody else cancelled these cells"
-            + (f": {type(error).__name__}: {error}" if error is not None else "")
+    def _gather(self, futures: Mapping[Any, Any]) -> Future[dict[Any, Any]]:
+        """Begin to fetch results; those that fail become None."""
+        if self.client.status != "running":
+            self._fail(None)
+        # Not from this thread, where it would wait for ever if the last worker is lost.
+        return asyncio.run_coroutine_threadsafe(
+            self.client.gather(
+                dict(futures), errors="skip", direct=self._direct, asynchronous=True
+            ),
+            self.client.loop.asyncio_loop,
         )
+
+    def _look(self, lonely_since: float | None) -> float | None:
+        """Return since when there has been no worker; raise if there is nothing to wait for."""
+        if self._closed or self.client.status != "running":
+            self._fail(None)
+        if self._workers():
+            return None
+        now = monotonic()
+        if lonely_since is not None and now - lonely_since > self._timeout_s:
+            raise NoWorkersError(
+                f"there has been no worker for {self._timeout_s:g} s; start some and read "
+                f"again: what was computed and is still held is not computed again"
+            )
+        return now if lonely_since is None else lonely_since
+
+    def _fail(self, error: BaseException | None) -> NoReturn:
+        """Raise what it means that the cluster gives no answer."""
+        if self._closed:
+            raise QueueClosedError("the queue was closed while cells were computed") from error
+        if (
+            error is None
+            or self.client.status != "running"
+            or isinstance(error, (OSError, CancelledError))
+        ):
+            raise NoWorkersError(
+                f"the connection to the scheduler at {self._address} is lost, or somebody else "
+                f"cancelled these cells" + (f": {describe(error)}" if error is not None else "")
+            ) from error
+        raise error
 
 
 class _Image:
     """What the client knows of an image on the cluster."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, edition: int) -> None:
         self.number = number
-        self.definitions: dict[str, Any] = {}
-        """Futures of the image's definition, by key."""
+        self.edition = edition
+        """That of which cells are held."""
+        self.definition: list[Any] = []
+        """Future of the image's definition, if it was sent."""
         self.seconds: float | None = None
         """What a cell takes, as measured in batches."""
         self.cheap = False
         """Whether cells are worth no keys."""
 
-    def release_definitions(self) -> None:
-        while self.definitions:
-            _, future = self.definitions.popitem()
-            future.release()
+
+@dataclass(frozen=True)
+class _Other:
+    """A cell upstream that is computed for a request."""
+
+    loader: CellLoader
+    index: int
+    number: int
+    """Of the image."""
+    generation: int
+    future: Any
 
 
 class _Request:
     """Cells that were submitted together, and the handles that keep them wanted."""
 
-    def __init__(
-        self,
-        order: list[int],
-        cells: dict[int, Any],
-        batches: list[tuple[list[int], Any]] | None = None,
-    ) -> None:
-        self.order = order
-        self.cells = cells
-        self.others: list[tuple[int, int, int, Any]] = []
-        """(number of the image, index, bytes, future) of cells upstream."""
-        self.batches = batches or []
+    def __init__(self, generation: int = 0) -> None:
+        self.generation = generation
+        """Of the image's held cells, when this was submitted."""
+        self.cells: dict[int, Any] = {}
+        """Futures of cells with a task of their own."""
+        self.batches: deque[tuple[list[int], Any]] = deque()
+        """Cells that share a task, and its future."""
+        self.others: list[_Other] = []
+        self.uses: list[Any] = []
+        """Handles of what the tasks need and is there already, or was sent before."""
+        self.suspects: dict[int, KilledWorker] = {}
+        """Cells that the scheduler blames for the death of workers."""
         self.num_computed = 0
         """How many of the cells were not held."""
 
-    def release(self, cells: Iterable[int] | None = None) -> None:
-        """Let go of what was not handed on, or of some cells; what nobody wants is cancelled."""
-        if cells is None:
-            cells = list(self.cells)
-            _release([future for _, future in self.batches])
-            self.batches = []
-        _release([self.cells.pop(index) for index in cells])
-        _release([future for *_, future in self.others])
-        self.others = []
+    def cells_left(self) -> list[int]:
+        """Return the cells of which nothing is known yet."""
+        single = [index for index in self.cells if index not in self.suspects]
+        return single + [index for batch, _ in self.batches for index in batch]
+
+    def release(self) -> None:
+        """Let go of what was not handed on; what nobody wants is cancelled."""
+        release(self.cells.values())
+        release(future for _, future in self.batches)
+        release(other.future for other in self.others)
+        release(self.uses)
+        self.cells, self.batches, self.others, self.uses = {}, deque(), [], []
 
 
 def _fed(stage: tuple[str, CellLoader, dict[int, Any]]) -> bool:
@@ -529,40 +630,47 @@ def _fed(stage: tuple[str, CellLoader, dict[int, Any]]) -> bool:
     return bool(stage[2])
 
 
-def _release(futures: list[Any]) -> None:
-    for future in futures:
-        future.release()
+def _num_bytes(loader: CellLoader, index: int) -> int:
+    return loader.grid.cell(index).roi.size * loader.dtype.itemsize
 
 
-def _release_all(requests: list[_Request]) -> None:
-    for request in requests:
-        request.release()
+def _packed(key: str, call: CellCall) -> Task:
+    """Return the task that makes a definition, of which the scheduler understands nothing."""
+    name = call.loader.function.name
+    try:
+        packed = cloudpickle.dumps(call)
+    except Exception as error:
+        raise CellimgError(
+            f"{name} cannot be sent to the workers: {describe(error)}; define it at the top of a "
+            f"module, or use BlockCode"
+        ) from error
+    return Task(key, _unpack, name, packed)
+
+
+def _release_all(requests: deque[_Request]) -> None:
+    while requests:
+        requests.popleft().release()
 
 
 def _forget_image(held: Held, image: _Image) -> None:
-    held.forget(image.number)
-    image.release_definitions()
-
-
-def _chunk_tasks(loader: CellLoader, tasks: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the tasks of the dask chunks that cells depend on."""
-    wanted = {above for task in tasks.values() for above in task.dependencies} - tasks.keys()
-    found: dict[Any, Any] = {}
-    for array in dask_arrays(loader):
-        mine = {key for key in wanted if isinstance(key, tuple) and key[0] == array.name}
-        if mine:
-            from dask._task_spec import convert_legacy_graph
-
-            culled = array.__dask_graph__().cull(mine)
-            found |= convert_legacy_graph(dict(culled))
-    return found
+    held.abandon(image.number)
+    release(image.definition)
 
 
 # What runs on the workers.
 
 
-def _prepare_worker(arrived: Arrived) -> None:
+def _prepare_worker(packed: bytes) -> None:
+    arrived: Arrived = pickle.loads(packed)
     arrived.worker(again=True)
+
+
+def _unpack(name: str, packed: bytes) -> CellCall:
+    try:
+        call: CellCall = pickle.loads(packed)
+    except Exception as error:
+        raise CellimgError(f"{name} cannot be read by the workers: {describe(error)}") from error
+    return call
 
 
 def _run_batch(
@@ -579,6 +687,7 @@ def _run_batch(
     errors : dict
         What was raised, by number in ``indices``; such a cell has no voxels in ``flat``.
     """
+    fit_cache()
     voxels: list[NDArray[Any]] = []
     costs: list[float] = []
     errors: dict[int, Exception] = {}

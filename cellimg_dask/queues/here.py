@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -13,7 +16,7 @@ from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init, Worker
 from cellimg_dask.loading.crew import Crew, get_crew
 
-__all__ = ["Arrived"]
+__all__ = ["Arrived", "Entry", "adopt", "open_runners"]
 
 
 class Arrived:
@@ -66,7 +69,7 @@ class Arrived:
         with _lock:
             entry = _entries.get(self.token)
             if entry is None or (again and entry.failed):
-                entry = _entries[self.token] = _Entry()
+                entry = _entries[self.token] = Entry()
         return entry.worker(self._init)
 
     def __reduce__(self) -> tuple[Callable[..., Arrived], tuple[str, bytes]]:
@@ -78,6 +81,9 @@ class Arrived:
 def _arrive(token: str, init: bytes) -> Arrived:
     import pickle
 
+    with _lock:
+        if init in _adopted:
+            _entries.setdefault(token, _adopted[init])
     try:
         return Arrived(token, pickle.loads(init))
     except Exception as error:
@@ -95,29 +101,73 @@ class _Unreadable:
         raise ImportError(f"init could not be read in this process: {self.reason}")
 
 
-class _Entry:
+class LocalRunner(Protocol):
+    """Runs blocks with the help of threads or processes of this process."""
+
+    def close(self, wait_s: float | None) -> bool:
+        """End the workers."""
+        ...
+
+    def abandon(self) -> None:
+        """Let go of the workers, which are another process's: this one was forked from it."""
+        ...
+
+
+def adopt(init: bytes, worker: Worker) -> None:
+    """Have this worker run the blocks of queues that arrive here with the same pickled ``init``."""
+    entry = _adopted[init] = Entry()
+    entry.prepared = worker
+
+
+class Entry:
+    """Makes this process a worker, once; that ``init`` failed is remembered."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._worker: Worker | None = None
+        self.prepared: Worker | None = None
         self._error: str | None = None
 
     @property
     def failed(self) -> bool:
+        """Whether ``init`` failed."""
         return self._error is not None
 
     def worker(self, init: Init) -> Worker:
-        if self._worker is None:
+        """Return the worker; `InitError` if its ``init`` failed, now or before."""
+        if self.prepared is None:
             with self._lock:
                 if self._error is not None:
                     raise InitError(self._error)
-                if self._worker is None:
+                if self.prepared is None:
                     try:
-                        self._worker = Worker(init)
+                        self.prepared = Worker(init)
                     except InitError as error:
                         self._error = str(error)
                         raise
-        return self._worker
+        return self.prepared
 
 
-_entries: dict[str, _Entry] = {}
+_entries: dict[str, Entry] = {}
+_adopted: dict[bytes, Entry] = {}
 _lock = threading.Lock()
+
+open_runners: weakref.WeakSet[LocalRunner] = weakref.WeakSet()
+"""What ends before Python does, and is let go of where the process is forked."""
+
+
+def _at_exit() -> None:
+    for runner in list(open_runners):
+        runner.close(0)
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for runner in list(open_runners):
+        runner.abandon()
+    open_runners.clear()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

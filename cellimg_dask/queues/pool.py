@@ -17,6 +17,10 @@ __all__ = ["Pool"]
 
 W = TypeVar("W")
 
+# Whoever waits for all workers looks himself so often: who brings the last one back may be
+# interrupted before he says so.
+_LOOK_S = 1.0
+
 
 class Pool(Generic[W]):
     """Workers that are lent to one borrower at a time.
@@ -42,7 +46,7 @@ class Pool(Generic[W]):
     def num_waiting(self) -> int:
         """How many wait for a worker."""
         with self._lock:
-            return sum(not ticket.void for _, _, ticket in self._waiting)
+            return sum(not ticket.void and ticket.worker is None for _, _, ticket in self._waiting)
 
     @contextmanager
     def lend(self) -> Iterator[W]:
@@ -64,42 +68,56 @@ class Pool(Generic[W]):
                 else:
                     heapq.heappush(self._waiting, (priority.get(), next(self._order), ticket))
             if ticket.worker is None:
-                ticket.called.wait()
+                ticket.called.acquire()
             if ticket.worker is None:
                 raise _closed()
             yield ticket.worker
         finally:
-            # Also where a thread is interrupted between any two of these steps.
-            with self._lock:
-                ticket.void = True
-                if ticket.worker is not None:
-                    self._take_back(ticket.worker)
+            # Also where a thread is interrupted between any two of these steps, or in the last.
+            interrupt = None
+            while not ticket.void or ticket.worker is not None:
+                try:
+                    with self._lock:
+                        self._take_back(ticket)
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
 
     def close(self, wait_s: float | None = None) -> bool:
         """Turn away who waits, and wait until all workers are back; False if that took too long."""
         with self._lock:
             self._closed = True
-            for _, _, ticket in self._waiting:
-                ticket.called.set()
-            self._waiting.clear()
+            while self._waiting:
+                _, _, ticket = self._waiting.pop()
+                if ticket.worker is None:
+                    ticket.called.release()
             until = None if wait_s is None else monotonic() + wait_s
             while len(self._idle) < self._size:
-                left = None if until is None else until - monotonic()
-                if left is not None and left <= 0:
+                left = _LOOK_S if until is None else min(until - monotonic(), _LOOK_S)
+                if left <= 0:
                     return False
                 self._all_back.wait(left)
         return True
 
-    def _take_back(self, worker: W) -> None:
-        while self._waiting:
-            _, _, ticket = heapq.heappop(self._waiting)
-            if not ticket.void:
-                ticket.worker = worker
-                ticket.called.set()
-                return
-        if worker not in self._idle:
+    def _take_back(self, ticket: _Ticket[W]) -> None:
+        """Pass a ticket's worker on; if interrupted anywhere, done when called again."""
+        ticket.void = True
+        worker = ticket.worker
+        while worker is not None and self._waiting:
+            following = self._waiting[0][2]
+            if following.void or following.worker is not None:
+                heapq.heappop(self._waiting)
+                continue
+            # Python looks for interrupts after calls, and there is none between these.
+            following.worker = worker
+            ticket.worker = worker = None
+            following.called.release()
+        if worker is not None:
+            ticket.worker = None
             self._idle.append(worker)
-        self._all_back.notify_all()
+        if self._closed:
+            self._all_back.notify_all()
 
 
 class _Ticket(Generic[W]):
@@ -108,7 +126,10 @@ class _Ticket(Generic[W]):
     __slots__ = ("called", "void", "worker")
 
     def __init__(self) -> None:
-        self.called = threading.Event()
+        # A lock and not an event, which could be interrupted half set.
+        self.called = threading.Lock()
+        """Held until there is a worker, or never will be."""
+        self.called.acquire()
         self.worker: W | None = None
         self.void = False
         """Whether nobody waits with it any more."""

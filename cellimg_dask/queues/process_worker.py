@@ -12,13 +12,15 @@ import sys
 import threading
 import time
 import traceback
+from io import FileIO, TextIOWrapper
 from multiprocessing.shared_memory import SharedMemory
 
 from cellimg_dask.blocks.errors import CellimgError, InitError, describe
 from cellimg_dask.blocks.worker import BlockJob, Worker
 from cellimg_dask.queues.channel import Channel
+from cellimg_dask.queues.here import adopt
 from cellimg_dask.queues.slots import Layout
-from cellimg_dask.state.segments import attach_segment, detach_segment
+from cellimg_dask.state.segments import attach_segment, detach_segment, is_removed
 
 __all__ = ["main"]
 
@@ -26,6 +28,9 @@ __all__ = ["main"]
 def main() -> None:
     """Serve the process that started this one."""
     channel = _private_channel()
+    if hasattr(os, "register_at_fork"):
+        # What a block forks must not answer, nor keep the pipes open when this process dies.
+        os.register_at_fork(after_in_child=channel.abandon)
     sys.argv[1:] = []
     # Ctrl-C in a terminal goes to all processes; the parent decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -47,13 +52,20 @@ def main() -> None:
 
 def _private_channel() -> Channel:
     """Take the pipes off descriptors 0 and 1, so that no print disturbs the messages."""
+    # Standard error may have been closed by whoever started the parent.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    if nothing == 2:
+        os.set_inheritable(2, True)
+        nothing = os.dup(2)
     source, sink = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    return Channel(os.fdopen(source, "rb"), os.fdopen(sink, "wb"))
+    if isinstance(sys.stdout, TextIOWrapper):
+        # What was printed before a crash is seen.
+        sys.stdout.reconfigure(line_buffering=True)
+    return Channel(FileIO(source, "rb"), FileIO(sink, "wb"))
 
 
 def _end_with_parent(parent: int) -> None:
@@ -92,6 +104,7 @@ class _Server:
                 f"init could not be read in the worker process: {describe(error)}"
             ) from error
         self._worker = Worker(prepare)
+        adopt(init, self._worker)
 
     def do_job(self, number: int, content: bytes) -> None:
         """Learn what the blocks of an image have in common."""
@@ -119,9 +132,10 @@ class _Server:
         known = self._segments.get(slot)
         if known is not None and known.name.lstrip("/") == name.lstrip("/"):
             return known
-        if known is not None:
-            # The slot has grown.
-            detach_segment(self._segments.pop(slot))
+        # Slots have grown: let go of what was removed, also of those that are rarely used.
+        for number, segment in list(self._segments.items()):
+            if number == slot or is_removed(segment):
+                detach_segment(self._segments.pop(number))
         segment = self._segments[slot] = attach_segment(name)
         return segment
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import count
 from typing import Any
 
@@ -18,12 +18,14 @@ from cellimg_dask.blocks.errors import (
     CellimgError,
     InitError,
     QueueClosedError,
+    ReadError,
     WorkerDiedError,
 )
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init
 from cellimg_dask.loading.crew import Crew
 from cellimg_dask.queues.channel import Channel
+from cellimg_dask.queues.here import Entry, open_runners
 from cellimg_dask.queues.pool import Pool
 from cellimg_dask.queues.slots import Slots
 
@@ -65,15 +67,29 @@ class ProcessBlocks:
         self._slots = Slots()
         self._workers = [_WorkerProcess(packed, self._jobs) for _ in range(num_workers)]
         self._pool = Pool(self._workers)
+        self._init = init
+        self._here: Entry | None = None
         # Twice as many, so that the next blocks are read and copied while all workers compute.
         self.crew = Crew(2 * num_workers, spare_tiny=False)
         try:
-            with ThreadPoolExecutor(num_workers) as starters:
-                for started in [starters.submit(worker.ensure) for worker in self._workers]:
-                    started.result()
+            self._start()
         except BaseException:
             self.close(0)
             raise
+        open_runners.add(self)
+
+    def _start(self) -> None:
+        with ThreadPoolExecutor(len(self._workers)) as starters:
+            try:
+                for started in as_completed(
+                    [starters.submit(worker.ensure) for worker in self._workers]
+                ):
+                    started.result()
+            except BaseException:
+                # The others may still be in their ``init``, perhaps for ever.
+                for worker in self._workers:
+                    worker.stop()
+                raise
 
     def apply(
         self,
@@ -83,20 +99,34 @@ class ProcessBlocks:
         out: NDArray[Any] | None,
     ) -> NDArray[Any]:
         """Run a block function on a worker; see `BlockFunction.apply`."""
+        if self._here is not None:
+            result = self._here.worker(self._init).apply(job, plan, inputs, out)
+            return result if result is out else result.astype(job.dtype, copy=True)
         number = self._jobs.number(job)
+        for given, array in enumerate(inputs):
+            if array.dtype.hasobject:
+                raise ReadError(
+                    job.function.name,
+                    plan.position,
+                    plan.roi,
+                    f"input {given} has dtype {array.dtype}, and Python objects do not travel by "
+                    f"shared memory: give a dtype of fixed size, or use a queue of threads",
+                )
         with self._slots.lend() as slot:
             wanted = [(array.shape, array.dtype) for array in inputs]
             layout, (*places, result) = slot.lay_out([*wanted, (plan.shape, job.dtype)])
             for place, array in zip(places, inputs, strict=True):
                 place[...] = array
             with self._pool.lend() as worker:
-                worker.ensure()
                 try:
+                    worker.ensure()
                     worker.teach(job, number)
                     worker.ask("block", number, plan.index, slot.number, layout)
-                except _DiedError as error:
+                except (_DiedError, InitError) as error:
                     if self._pool.closed:
                         raise QueueClosedError("the queue was closed during this block") from None
+                    if isinstance(error, InitError):
+                        raise
                     raise WorkerDiedError(
                         job.function.name,
                         plan.position,
@@ -111,20 +141,31 @@ class ProcessBlocks:
 
     def close(self, wait_s: float | None) -> bool:
         """Turn away who waits, and end the processes; those that still compute are killed."""
-        if not self._pool.close(wait_s):
+        if self._here is None:
+            if not self._pool.close(wait_s):
+                for worker in self._workers:
+                    worker.stop()
+                self._pool.close(None)
+            # All at once, and then wait for each.
             for worker in self._workers:
-                worker.kill()
-            self._pool.close(None)
-        for worker in self._workers:
-            worker.end()
-        self._slots.remove()
+                worker.hang_up()
+            for worker in self._workers:
+                worker.end()
+            self._slots.remove()
         self.crew.close()
+        open_runners.discard(self)
         return True
+
+    def abandon(self) -> None:
+        """Run blocks in this process, which was forked: the workers are the other one's."""
+        self._here = Entry()
+        for worker in self._workers:
+            worker.abandon()
 
     @property
     def num_waiting(self) -> int:
         """How many blocks wait for a worker."""
-        return self._pool.num_waiting
+        return 0 if self._here is not None else self._pool.num_waiting
 
     @property
     def pids(self) -> list[int]:
@@ -179,7 +220,7 @@ class _Jobs:
 class _WorkerProcess:
     """A process that does one thing at a time; started when it is first needed.
 
-    Belongs to one borrower at a time, but for `kill`.
+    Belongs to one borrower at a time, but for `kill` and `stop`.
     """
 
     def __init__(self, init: bytes, jobs: _Jobs) -> None:
@@ -188,6 +229,9 @@ class _WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._taught: set[int] = set()
+        self._in_step = False
+        """Whether every message was answered."""
+        self._stopped = False
 
     @property
     def pid(self) -> int | None:
@@ -197,14 +241,20 @@ class _WorkerProcess:
     def ensure(self) -> None:
         """Start the process, if there is none, and run ``init`` there."""
         if self._process is not None:
-            if self._process.poll() is None:
+            if self._in_step and self._process.poll() is None:
                 return
+            # Whoever had it was interrupted, or it died.
+            self.kill()
             self.end()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *sys.path],
+            # Only text is looked at by Python itself.
+            [sys.executable, "-c", PROGRAM, *(path for path in sys.path if isinstance(path, str))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,
         )
+        if self._stopped:
+            self.kill()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._channel = Channel(self._process.stdout, self._process.stdin)  # type: ignore[arg-type]
@@ -225,25 +275,32 @@ class _WorkerProcess:
         if gone:
             self.ask("forget", sorted(gone))
             self._taught -= gone
-        self.ask("job", number, self._jobs.packed(job, number))
+        packed = self._jobs.packed(job, number)
+        try:
+            self.ask("job", number, packed)
+        except CellimgError as error:
+            raise CellimgError(
+                f"{job.function.name} could not be read in the worker process: {error}; define it "
+                f"in a module that can be imported there, or use BlockCode"
+            ) from error
         self._taught.add(number)
 
     def ask(self, *message: Any) -> Any:
         """Send a message, wait, and return what came of it or raise its error."""
         assert self._channel is not None
+        # What a process sends after this was interrupted must not be taken for another reply.
+        self._in_step = False
         try:
             self._channel.send(*message)
             kind, *content = self._channel.receive()
         except (EOFError, OSError):
             raise _DiedError(self._how_it_ended()) from None
         except BaseException:
-            # Interrupted: whatever the process still sends would be taken for another reply.
             self.kill()
             raise
+        self._in_step = True
         if kind == "error":
-            error = pickle.loads(content[0])
-            error.add_note(f"In the worker process:\n{content[1]}")
-            raise error
+            raise _unpacked(*content)
         return content[0]
 
     def _how_it_ended(self) -> str:
@@ -255,9 +312,12 @@ class _WorkerProcess:
             return "it closed its pipe"
         finally:
             self.end()
-        if code < 0:
+        if code >= 0:
+            return f"exit status {code}"
+        try:
             return signal.Signals(-code).name
-        return f"exit status {code}"
+        except ValueError:
+            return f"signal {-code}"
 
     def kill(self) -> None:
         """Kill the process; from any thread."""
@@ -265,16 +325,47 @@ class _WorkerProcess:
         if process is not None:
             process.kill()
 
-    def end(self) -> None:
-        """Close the pipes, upon which the process ends, and wait for it."""
+    def stop(self) -> None:
+        """Kill the process and each that follows it; from any thread."""
+        self._stopped = True
+        self.kill()
+
+    def abandon(self) -> None:
+        """Let go of the process, which is not this one's child."""
         process, self._process = self._process, None
         channel, self._channel = self._channel, None
-        self._taught = set()
+        if process is not None:
+            process.returncode = 0
+        if channel is not None:
+            channel.abandon()
+            channel.close()
+
+    def hang_up(self) -> None:
+        """Close the pipes, upon which the process ends."""
+        channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
+
+    def end(self) -> None:
+        """Close the pipes and wait until the process has ended."""
+        self.hang_up()
+        process, self._process = self._process, None
+        self._taught = set()
         if process is not None:
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _unpacked(packed: bytes, text: str) -> BaseException:
+    """Return an error that came from a worker process."""
+    error: BaseException
+    try:
+        error = pickle.loads(packed)
+    except (Exception, SystemExit):
+        # Its class is known there only, or cannot be made anew.
+        return CellimgError(f"in the worker process:\n{text}")
+    error.add_note(f"In the worker process:\n{text}")
+    return error

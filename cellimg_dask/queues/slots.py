@@ -60,12 +60,14 @@ class Slot:
         for shape, dtype in arrays:
             parts.append((end, shape, dtype))
             end += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        if self._segment is None or self._segment.size < end:
+        # Closing the queue may remove the segment at any moment.
+        segment = self._segment
+        if segment is None or segment.size < end:
             self.remove()
             # A little more, since cells at the border and their halos differ in size.
-            self._segment = create_segment(end + end // 8)
-        layout = Layout(self._segment.name, tuple(parts))
-        return layout, layout.arrays(self._segment.buf)
+            segment = self._segment = create_segment(end + end // 8)
+        layout = Layout(segment.name, tuple(parts))
+        return layout, layout.arrays(segment.buf)
 
     def remove(self) -> None:
         """Remove the segment."""
@@ -90,25 +92,35 @@ class Slots:
     @contextmanager
     def lend(self) -> Iterator[Slot]:
         """Lend a slot."""
-        with self._lock:
-            if self._free:
-                slot = self._free.pop()
-            else:
-                slot = Slot(next(self._numbers))
-                self._all.append(slot)
+        slot = None
         try:
-            yield slot
-        finally:
             with self._lock:
-                self._free.append(slot)
-            if self._removed:
-                # Somebody was under way when the queue was closed.
+                if self._free:
+                    slot = self._free[-1]
+                    self._free.pop()
+                else:
+                    slot = Slot(next(self._numbers))
+                    self._all.append(slot)
+            yield slot
+        except Exception:
+            raise
+        except BaseException:
+            # Interrupted: a worker that is about to be killed may still write there.
+            if slot is not None:
                 slot.remove()
+            raise
+        finally:
+            if slot is not None:
+                self._free.append(slot)
+                if self._removed:
+                    # Somebody was under way when the queue was closed.
+                    with self._lock:
+                        slot.remove()
 
     def remove(self) -> None:
         """Remove all segments."""
         with self._lock:
             self._removed = True
             slots, self._all, self._free = self._all, [], []
-        for slot in slots:
-            slot.remove()
+            for slot in slots:
+                slot.remove()

@@ -11,6 +11,7 @@ depends on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from operator import mul
@@ -26,9 +27,18 @@ from numpy.typing import NDArray
 from cellimg_dask.geometry import CellGrid, IrregularGrid, tiles
 from cellimg_dask.loading.loader import CellLoader, ImageReader
 from cellimg_dask.loading.readers import ChunkedReader, Reader, TiledReader, native
+from cellimg_dask.state.cache import get_cache
 from cellimg_dask.state.flights import Flight, current_flight, inside
 
-__all__ = ["CellCall", "CellLayer", "dask_arrays", "dask_name", "graph_of", "stages_of"]
+__all__ = [
+    "CellCall",
+    "CellLayer",
+    "chunk_tasks",
+    "dask_name",
+    "fit_cache",
+    "graph_of",
+    "stages_of",
+]
 
 
 def dask_name(loader: CellLoader) -> str:
@@ -128,6 +138,19 @@ def graph_of(loader: CellLoader, *, elsewhere: bool = False) -> HighLevelGraph:
     return HighLevelGraph(layers, dependencies)
 
 
+def chunk_tasks(loader: CellLoader, tasks: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the tasks of the dask chunks that tasks of cells depend on."""
+    from dask._task_spec import convert_legacy_graph
+
+    wanted = {above for task in tasks.values() for above in task.dependencies} - tasks.keys()
+    found: dict[Any, Any] = {}
+    for array in dask_arrays(loader):
+        mine = {key for key in wanted if isinstance(key, tuple) and key[0] == array.name}
+        if mine:
+            found |= convert_legacy_graph(dict(_layers_of(array).cull(mine)))
+    return found
+
+
 def _layers_of(array: da.Array) -> HighLevelGraph:
     graph = array.__dask_graph__()
     if isinstance(graph, HighLevelGraph):
@@ -210,7 +233,25 @@ def _given_reader(
 
 
 def _run(call: CellCall, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
+    fit_cache()
     return call.past_cache(index, *chunks)
+
+
+@functools.cache
+def fit_cache() -> None:
+    """Bound the cache by a quarter of a cluster's worker, where this process is one."""
+    try:
+        from distributed import get_worker
+
+        worker = get_worker()
+    except (ImportError, ValueError):
+        return
+    if worker.address.startswith("inproc"):
+        # This is the process of whoever reads, who has set a bound.
+        return
+    cache, limit = get_cache(), worker.memory_manager.memory_limit
+    if limit and cache.max_bytes > limit // 4:
+        cache.resize(limit // 4)
 
 
 def _same(value: Any) -> Any:

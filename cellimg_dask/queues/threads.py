@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,7 +14,9 @@ from cellimg_dask.blocks.functions import current_worker
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init, Worker
 from cellimg_dask.loading.crew import Crew
+from cellimg_dask.queues.here import Entry, open_runners
 from cellimg_dask.queues.pool import Pool
+from cellimg_dask.state.flights import current_flight, inside
 
 __all__ = ["ThreadBlocks"]
 
@@ -42,12 +45,19 @@ class ThreadBlocks:
         self._pool = Pool(self._threads)
         self.crew = Crew(num_workers)
         self._borrowed = threading.local()
+        self._here: Entry | None = None
         try:
             calls = [thread.begin(lambda: Worker(init)) for thread in self._threads]
             self._workers = dict(zip(self._threads, (call.result() for call in calls), strict=True))
-        except BaseException:
+        except Exception:
             self.close(None)
             raise
+        except BaseException:
+            # Interrupted, perhaps because ``init`` does not end.
+            for thread in self._threads:
+                thread.end(join=False)
+            raise
+        open_runners.add(self)
 
     def apply(
         self,
@@ -57,15 +67,30 @@ class ThreadBlocks:
         out: NDArray[Any] | None,
     ) -> NDArray[Any]:
         """Run a block function on a worker; see `BlockFunction.apply`."""
+        if self._here is not None:
+            return self._here.worker(self._init).apply(job, plan, inputs, out)
         here = current_worker()
         if here is not None:
             # A block that reads an image. This thread is a worker, or somebody who waits for it
             # is: to wait for one here might be to wait for oneself.
             return self._nested(here).apply(job, plan, inputs, out)
-        with self._pool.lend() as thread:
-            worker = self._workers[thread]
+        with ExitStack() as until_done:
+            thread = until_done.enter_context(self._pool.lend())
+            worker, flight = self._workers[thread], current_flight()
+
+            def work() -> Any:
+                # A part of the same computation, so that a block that needs itself is found.
+                with inside(flight):
+                    return worker.apply(job, plan, inputs, out)
+
+            call = thread.begin(work)
             result: NDArray[Any]
-            result = thread.begin(lambda: worker.apply(job, plan, inputs, out)).result()
+            try:
+                result = call.result()
+            except KeyboardInterrupt:
+                # The block goes on, and its worker is not free before it ends.
+                thread.begin(until_done.pop_all().close)
+                raise
             return result
 
     def _nested(self, here: object) -> Worker:
@@ -80,17 +105,25 @@ class ThreadBlocks:
 
     def close(self, wait_s: float | None) -> bool:
         """Turn away who waits and end the threads; False if a block still runs after ``wait_s``."""
-        if not self._pool.close(wait_s):
-            return False
-        for thread in self._threads:
-            thread.end()
+        if self._here is None:
+            ended = self._pool.close(wait_s)
+            for thread in self._threads:
+                thread.end(join=ended)
+            if not ended:
+                self.crew.close(join=False)
+                return False
         self.crew.close()
+        open_runners.discard(self)
         return True
+
+    def abandon(self) -> None:
+        """Run blocks on whatever thread there is: the workers did not survive a fork."""
+        self._here = Entry()
 
     @property
     def num_waiting(self) -> int:
         """How many blocks wait for a worker."""
-        return self._pool.num_waiting
+        return 0 if self._here is not None else self._pool.num_waiting
 
 
 class _WorkerThread:
@@ -109,9 +142,10 @@ class _WorkerThread:
         self._calls.put(call)
         return call
 
-    def end(self) -> None:
+    def end(self, *, join: bool = True) -> None:
         self._calls.put(None)
-        self._thread.join()
+        if join:
+            self._thread.join()
 
 
 class _Call:
@@ -138,9 +172,12 @@ class _Call:
 
     def result(self) -> Any:
         # A lock and not an event, which takes three times as long.
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
+        with self._done:
+            pass
+        # Not kept: the error's traceback holds this and the arrays of the block.
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         return self._result
 
 

@@ -21,8 +21,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.errors import CellError
+from cellimg_dask.blocks.functions import current_worker
 from cellimg_dask.geometry import as_int
-from cellimg_dask.state.flights import Flight, inside
+from cellimg_dask.state.disk import DiskCells
+from cellimg_dask.state.flights import CircularWaitError, Flight, inside
 
 __all__ = ["CacheStats", "CellCache", "Shelf", "get_cache", "own", "set_cache"]
 
@@ -85,6 +87,8 @@ class CellCache:
         Bound on the bytes held, at least 0; 0 keeps nothing, loads are still once-only.
     timer : callable, optional
         Clock in seconds by which loads are priced.
+    disk : DiskCells, optional
+        Where computed cells outlive the process.
 
     Raises
     ------
@@ -96,7 +100,15 @@ class CellCache:
     Thread-safe. One lock guards all bookkeeping and is never held while something is loaded.
     """
 
-    def __init__(self, max_bytes: int, *, timer: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        timer: Callable[[], float] = time.perf_counter,
+        disk: DiskCells | None = None,
+    ) -> None:
+        self.disk = disk
+        """Where computed cells outlive the process; None: nowhere."""
         self._max_bytes = as_int(max_bytes, "max_bytes", minimum=0)
         self._timer = timer
         self._lock = threading.Lock()
@@ -346,6 +358,9 @@ class Shelf:
             finally:
                 if mine is not None and not mine.landed:
                     self._abandon(mine)
+            if current_worker() is not None:
+                # Who computes it may wait for the very worker that this thread is.
+                return self._load_alone(index, load)
             flight.join(done)
             if flight.error is None and flight.value is None:
                 continue  # Abandoned: the thread was interrupted.
@@ -357,6 +372,23 @@ class Shelf:
                 raise flight.error
             assert flight.value is not None
             return flight.value
+
+    def _load_alone(self, index: int, load: Callable[[int], NDArray[Any]]) -> NDArray[Any]:
+        """Load a cell that another thread loads as well; for this caller only."""
+        flight = Flight(self, index)
+        if flight.begun_by_itself():
+            raise CircularWaitError
+        began = self.cache._timer()
+        try:
+            with inside(flight):
+                value = own(load(index))
+        except Exception:
+            self.record(0.0, failed=True)
+            raise
+        finally:
+            flight.landed = True
+        self.record(self.cache._timer() - began)
+        return value
 
     def _load(
         self, flight: Flight, load: Callable[[int], NDArray[Any]], seconds: float | None
@@ -492,20 +524,38 @@ def get_cache() -> CellCache:
     """
     with _shared_lock:
         if not _shared:
-            _shared.append(CellCache(_memory_bytes() // 4))
+            _shared.append(CellCache(memory_bytes() // 4))
         return _shared[0]
 
 
-def set_cache(max_bytes: int) -> CellCache:
+def set_cache(
+    max_bytes: int,
+    disk: str | os.PathLike[str] | None = None,
+    max_disk_bytes: int = 16 << 30,
+) -> CellCache:
     """Set the bound of the shared cache, in bytes; what no longer fits is evicted at once.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Bound on the bytes in memory.
+    disk : path, optional
+        A folder in which computed cells outlive the process: a later one, or another at the same
+        time, finds them as long as function, parameters and inputs are the same. Default: none.
+    max_disk_bytes : int
+        Bound on the bytes in that folder.
 
     Raises
     ------
     TypeError, ValueError
-        If ``max_bytes`` is not an integer of at least 0.
+        If a bound is not an integer of at least 0.
+    PermissionError
+        If others can write to the folder.
     """
+    cells = None if disk is None else DiskCells(disk, max_disk_bytes)
     cache = get_cache()
     cache.resize(max_bytes)
+    cache.disk = cells
     return cache
 
 
@@ -533,7 +583,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Return the memory of this machine or container, or 8 GiB where it cannot be known."""
     known = [8 << 30]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

@@ -62,7 +62,7 @@ class Flight:
         """What the index belongs to."""
         self.index = index
         """The cell."""
-        self.parent = _current.flight
+        self.parent = current_flight()
         """The flight whose computation began this one, if any."""
         self.stale = False
         """Whether the cell was invalidated since: the value must not be published."""
@@ -97,7 +97,7 @@ class Flight:
         CircularWaitError
             If the flight, directly or through others, waits for the caller's own flight.
         """
-        mine = _current.flight
+        mine = current_flight()
         if mine is None:
             done.wait()
             return
@@ -136,7 +136,11 @@ class Flight:
 
 def current_flight() -> Flight | None:
     """Return the innermost flight that this thread computes."""
-    return _current.flight
+    flight = _current.flight
+    # Whoever was interrupted on leaving one left it here, but landed it.
+    while flight is not None and flight.landed:
+        flight = flight.parent
+    return flight
 
 
 class inside:  # noqa: N801 - a context manager, used like a function

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import threading
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 
-__all__ = ["attach_segment", "create_segment", "detach_segment", "remove_segment"]
+__all__ = [
+    "attach_segment",
+    "create_segment",
+    "detach_segment",
+    "is_removed",
+    "remove_segment",
+]
 
 _tracking = threading.Lock()
+
+# The last one is the process's own limit.
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 
 
 def create_segment(nbytes: int) -> SharedMemory:
@@ -23,20 +33,28 @@ def create_segment(nbytes: int) -> SharedMemory:
     MemoryError
         If there is not so much shared memory.
     """
+    # Short: macOS allows 31 characters.
+    name = f"cellimg-{secrets.token_hex(8)}"
     try:
-        segment = SharedMemory(create=True, size=max(nbytes, 1))
+        segment = SharedMemory(name, create=True, size=max(nbytes, 1))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.ENOMEM):
+        if error.errno in _NO_ROOM:
             raise _full(nbytes) from error
+        raise
+    except BaseException:
+        # Interrupted. Opened anew it is known to the tracker, made or not.
+        with suppress(OSError, ValueError):
+            remove_segment(SharedMemory(name))
         raise
     # Without this a segment larger than what is left is made, and writing to it kills.
     descriptor = getattr(segment, "_fd", -1)
     if hasattr(os, "posix_fallocate") and descriptor >= 0:
         try:
             os.posix_fallocate(descriptor, 0, max(nbytes, 1))
-        except OSError as error:
+        except BaseException as error:
+            # Also where it is interrupted: it takes a while.
             remove_segment(segment)
-            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise _full(nbytes) from error
             raise
     return segment
@@ -53,6 +71,12 @@ def attach_segment(name: str) -> SharedMemory:
             return SharedMemory(name=name)
         finally:
             resource_tracker.register = register
+
+
+def is_removed(segment: SharedMemory) -> bool:
+    """Whether the process that made a segment has removed it; False where nobody can tell."""
+    descriptor = getattr(segment, "_fd", -1)
+    return descriptor >= 0 and os.fstat(descriptor).st_nlink == 0
 
 
 def detach_segment(segment: SharedMemory) -> None:

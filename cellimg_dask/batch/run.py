@@ -1,0 +1,350 @@
+"""`run`: a whole image into a zarr array, to be trusted and carried on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from time import perf_counter
+from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from cellimg_dask.batch.folder import is_url, open_folder
+from cellimg_dask.batch.lock import RunLock
+from cellimg_dask.batch.manifest import Manifest
+from cellimg_dask.batch.memory import project
+from cellimg_dask.batch.order import neighbours_together
+from cellimg_dask.batch.report import RunReport
+from cellimg_dask.batch.target import Layout, Target
+from cellimg_dask.batch.together import cells_together
+from cellimg_dask.batch.work import Committer, Outcome
+from cellimg_dask.geometry import as_int
+from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.loading.content import ContentKeys
+from cellimg_dask.loading.crew import Crew, usable_cores
+from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.loading.readers import ChunkedReader
+from cellimg_dask.loading.running import BACKGROUND, priority
+from cellimg_dask.queues.block_queue import BlockQueue
+from cellimg_dask.state.cache import CellCache, memory_bytes
+
+__all__ = ["run"]
+
+
+def run(
+    img: CellImg,
+    target: str | os.PathLike[str],
+    *,
+    queue: BlockQueue | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    retries: int = 2,
+    progress: bool = True,
+    chunks: Any = None,
+    sharded: bool | None = None,
+    compressor: str | None = "zstd",
+    level: int | None = None,
+    fill_value: Any = 0,
+    verify: Literal["checksums", "sizes"] = "checksums",
+    cells_per_call: int | Sequence[int] | Literal["auto"] | None = None,
+    max_memory: int | None = None,
+    timeout_s: float = 600.0,
+) -> RunReport:
+    """Compute a whole image into a zarr array, cell by cell, and mark what is done.
+
+    May be killed at any moment. The next run with the same target computes what is missing,
+    damaged, or made by another computation, and nothing else.
+
+    Parameters
+    ----------
+    img : CellImg
+        The image.
+    target : path or URL
+        A zarr v3 array, created if it is not there: a local folder or whatever fsspec and zarr
+        can write. Markers, lock and report lie beside it, in ``<target>.run``.
+    queue : BlockQueue, optional
+        Where blocks run; default: the image's own queue, else threads.
+    resume : bool
+        Whether a target that exists is carried on; else it is refused.
+    overwrite : bool
+        Whether a target that exists is removed first.
+    retries : int
+        How often a cell that fails is tried again.
+    progress : bool
+        Whether a bar with rate and time left is shown on standard error.
+    chunks : int or ints, optional
+        Shape of the chunks, which divide the cells; default: one chunk per cell.
+    sharded : bool, optional
+        Whether the chunks of a cell are stored as one shard; default: where a cell has several.
+    compressor : {"zstd", "blosc", "gzip", None}
+        How chunks are compressed.
+    level : int, optional
+        Level of the compressor; default: 1 for zstd, 5 for the others.
+    fill_value : scalar
+        Value of voxels that are not stored; a chunk that holds nothing else is left out.
+    verify : {"checksums", "sizes"}
+        How stored cells are checked before they count as done: all bytes are read, or only the
+        sizes of the files are compared.
+    cells_per_call : int, ints, "auto" or None
+        How many neighbouring cells along each axis are computed by one call, so that the halo is
+        read and computed once for all of them; ``"auto"`` within the memory. For local functions
+        of arrays, which give the same result for any size of block.
+    max_memory : int, optional
+        Bytes that the run may take; default: the memory of this machine or container.
+    timeout_s : float
+        On a cluster: how long the run goes on without a cell being done.
+
+    Returns
+    -------
+    RunReport
+        Also saved beside the target. Cells that fail are in it; they do not end the run.
+
+    Raises
+    ------
+    FileExistsError
+        If the target exists and is not to be carried on, is something else, or is in use.
+    MemoryError
+        If the projected memory exceeds ``max_memory``.
+    NoWorkersError
+        If a cluster did nothing for ``timeout_s``; the next run goes on from there.
+    TypeError
+        If an input or the function has no content that can be compared: give ``version=``.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, zarr, cellimg_dask as ci
+    >>> img = ci.map_cells(np.negative, np.arange(6), cell_shape=2)
+    >>> folder = tempfile.mkdtemp()
+    >>> ci.run(img, f"{folder}/out.zarr", progress=False).computed
+    3
+    >>> ci.run(img, f"{folder}/out.zarr", progress=False).skipped
+    3
+    >>> zarr.open_array(f"{folder}/out.zarr")[:]
+    array([ 0, -1, -2, -3, -4, -5])
+    """
+    if not isinstance(img, CellImg):
+        raise TypeError(f"img must be a CellImg, got {type(img).__name__}")
+    if verify not in ("checksums", "sizes"):
+        raise ValueError(f'verify must be "checksums" or "sizes", got {verify!r}')
+    retries = as_int(retries, "retries", minimum=0)
+    began = perf_counter()
+    where = _where(target)
+    loader = _alone(img.loader, queue)
+    layout = Layout.of(
+        loader.grid,
+        loader.dtype,
+        chunks=chunks,
+        sharded=sharded,
+        compressor=compressor,
+        level=level,
+        fill_value=fill_value,
+    )
+    _forget_files(loader)
+    keys = ContentKeys(loader)
+    if loader.grid.num_cells:
+        # Refuses inputs that cannot be compared, before anything is made.
+        keys.key(0)
+    crew = _crew(loader.queue)
+    limit = memory_bytes() if max_memory is None else as_int(max_memory, "max_memory", minimum=1)
+    together = cells_together(loader, cells_per_call, crew.num_threads, limit)
+    _refuse_too_large(loader if together is None else together.coarse, crew.num_threads, limit)
+    manifest = Manifest(where)
+    with closing(crew), RunLock(manifest.folder, where):
+        _create(layout, where, manifest, resume=resume, overwrite=overwrite)
+        stored = Target(where, loader.grid)
+        report = RunReport(where, loader.grid.num_cells)
+        todo = _missing(stored, manifest, keys, report, crew, checksums=verify == "checksums")
+        try:
+            with _bar(report.num_cells, report.skipped, progress) as advance:
+
+                def record(outcome: Outcome) -> None:
+                    if outcome.error is None:
+                        report.computed += 1
+                        report.bytes_written += outcome.nbytes
+                    else:
+                        # The error's own position may be that of a cell upstream.
+                        position = loader.grid.position(outcome.index)
+                        report.failed[position] = outcome.error
+                    advance()
+
+                order = neighbours_together(loader.grid, todo)
+                groups = [[i] for i in order] if together is None else together.groups(order)
+                committer = Committer(loader, together, stored, manifest, retries)
+                if loader.queue is not None and loader.queue.cells is not None:
+                    from cellimg_dask.batch.on_cluster import compute_on_cluster
+
+                    cells: Any = loader.queue.cells
+                    compute_on_cluster(cells, committer, groups, keys, timeout_s, record)
+                else:
+                    _compute(committer, groups, keys, crew, record)
+        finally:
+            report.seconds = perf_counter() - began
+            report.peak_memory = _peak_memory()
+            manifest.folder.write("report.json", report.as_json())
+    return report
+
+
+def _where(target: str | os.PathLike[str]) -> str:
+    where = os.fspath(target)
+    if not isinstance(where, str):
+        raise TypeError(f"target must be a path or an URL, got {type(target).__name__}")
+    if where.startswith("file://"):
+        where = url2pathname(urlsplit(where).path)
+    return where if is_url(where) else os.path.abspath(where)  # noqa: PTH100 - stays a string
+
+
+def _alone(loader: CellLoader, queue: BlockQueue | None) -> CellLoader:
+    """Return the loader with a queue, and without keeping cells that are written anyway."""
+    return CellLoader(
+        loader.function,
+        loader.planner,
+        loader.readers,
+        loader.dtype,
+        loader.params,
+        CellCache(0),
+        loader.queue if queue is None else queue,
+        loader.job.version,
+    )
+
+
+def _forget_files(loader: CellLoader) -> None:
+    """Forget what was read of stores: they may have changed since, and keys tell what they hold."""
+    outdated: set[CellLoader] = set()
+    for image in loader.ancestry():
+        stores = [reader for reader in image.readers if isinstance(reader, ChunkedReader)]
+        for reader in stores:
+            reader.forget(None)
+        if stores or not outdated.isdisjoint(image.upstream()):
+            outdated.add(image)
+            image.shelf.invalidate(None)
+
+
+def _crew(queue: Any) -> Crew:
+    workers = usable_cores() if queue is None else queue.num_workers
+    # More than compute at a time: while some wait for the disk, others compute.
+    return Crew(workers + max(1, workers // 2), spare_tiny=False)
+
+
+def _refuse_too_large(loader: CellLoader, num_threads: int, limit: int) -> None:
+    projected = project(loader, num_threads)
+    if projected.total > limit:
+        raise MemoryError(
+            f"the run would take about {projected}, and {limit / (1 << 20):,.0f} MiB are allowed: "
+            f"use smaller cells, fewer workers, or a smaller cache (set_cache), or give max_memory"
+        )
+
+
+def _create(
+    layout: Layout, where: str, manifest: Manifest, *, resume: bool, overwrite: bool
+) -> None:
+    array = _existing(where, manifest)
+    if array is not None and not overwrite:
+        if not resume:
+            raise FileExistsError(
+                f"{where} exists; resume=True carries it on, overwrite=True replaces it"
+            )
+        if manifest.folder.read("layout.json") is None:
+            raise FileExistsError(f"{where} was not made by a run: overwrite=True replaces it")
+        differences = layout.differences(array)
+        if differences:
+            raise FileExistsError(
+                f"{where} is another array ({'; '.join(differences)}): give another target, or "
+                f"overwrite=True to replace it"
+            )
+        return
+    # Old markers go before the new array comes, so that they never vouch for it.
+    for index in list(manifest.marked()):
+        manifest.withdraw(index)
+    # Before the array, so that whoever is killed in between is known for a run.
+    manifest.folder.write("layout.json", layout.as_json())
+    layout.create(where, overwrite=overwrite)
+
+
+def _existing(where: str, manifest: Manifest) -> Any:
+    """Return the array at a path or URL, None where there is nothing but what a run left."""
+    import zarr
+
+    try:
+        return zarr.open_array(where, mode="r")
+    except (FileNotFoundError, NotADirectoryError, zarr.errors.BaseZarrError):
+        is_file = not is_url(where) and os.path.isfile(where)  # noqa: PTH113 - is a string
+        something = is_file or next(open_folder(where).names(""), None) is not None
+        if something and (is_file or manifest.folder.read("layout.json") is None):
+            # Not even to be overwritten: it may be anything.
+            raise FileExistsError(
+                f"{where} exists and is no zarr array; give another target, or a path in it"
+            ) from None
+        return None
+
+
+def _missing(
+    stored: Target,
+    manifest: Manifest,
+    keys: ContentKeys,
+    report: RunReport,
+    crew: Crew,
+    *,
+    checksums: bool,
+) -> list[int]:
+    """Return the cells that have to be computed."""
+    marked = set(manifest.marked())
+    todo = [index for index in range(report.num_cells) if index not in marked]
+    lock = threading.Lock()
+
+    def check(index: int) -> None:
+        state = manifest.state(index, keys.key(index), stored, checksums=checksums)
+        with lock:
+            if state == "done":
+                report.skipped += 1
+                return
+            if state != "missing":
+                report.redone[state] = report.redone.get(state, 0) + 1
+            todo.append(index)
+
+    known = sorted(index for index in marked if index < report.num_cells)
+    crew.run(known, check, len(known))
+    return sorted(todo)
+
+
+def _compute(
+    committer: Committer,
+    groups: Sequence[Sequence[int]],
+    keys: ContentKeys,
+    crew: Crew,
+    record: Callable[[Outcome], None],
+) -> None:
+    lock = threading.Lock()
+
+    def work(group: Sequence[int]) -> None:
+        for outcome in committer.commit([(index, keys.key(index)) for index in group]):
+            with lock:
+                record(outcome)
+
+    before = priority.set(BACKGROUND)
+    try:
+        crew.run(groups, work, len(groups))
+    finally:
+        priority.reset(before)
+
+
+@contextmanager
+def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[], object]]:
+    if not show:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, initial=done, unit="cell", file=sys.stderr) as bar:
+        yield bar.update
+
+
+def _peak_memory() -> int:
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,289 @@
+"""The zarr array that a run fills, cell by cell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellimg_dask.batch.folder import Folder, is_url, open_folder
+from cellimg_dask.geometry import CellGrid, as_ints, tiles
+from cellimg_dask.image.input import checked_fill
+
+__all__ = ["Layout", "Target", "stored_grid"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How an image is stored; cells are whole numbers of stored objects."""
+
+    grid: CellGrid
+    """Cells of the image."""
+    dtype: np.dtype[Any]
+    """Of the voxels."""
+    chunks: tuple[int, ...]
+    """Shape of a chunk, the unit of compression."""
+    sharded: bool
+    """Whether the chunks of a cell lie in one object."""
+    compressor: str | None
+    """``"zstd"``, ``"blosc"``, ``"gzip"`` or None."""
+    level: int
+    """How hard the compressor tries."""
+    fill_value: Any
+    """Value of voxels that are not stored."""
+
+    @classmethod
+    def of(
+        cls,
+        grid: CellGrid,
+        dtype: np.dtype[Any],
+        *,
+        chunks: Any = None,
+        sharded: bool | None = None,
+        compressor: str | None = "zstd",
+        level: int | None = None,
+        fill_value: Any = 0,
+    ) -> Layout:
+        """Return a checked layout; default: one chunk per cell.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a cell is not a whole number of chunks, or an argument is unknown.
+        """
+        whole = _cell_extent(grid)
+        sizes = whole if chunks is None else as_ints(chunks, "chunks", ndim=grid.ndim, minimum=1)
+        # What reaches beyond the image in one cell may as well end with it.
+        sizes = tuple(
+            cell if chunk > cell >= extent else chunk
+            for chunk, cell, extent in zip(sizes, whole, grid.shape, strict=True)
+        )
+        for axis, (cell, chunk) in enumerate(zip(whole, sizes, strict=True)):
+            if cell % chunk:
+                raise ValueError(
+                    f"chunks[{axis}] = {chunk} does not divide the cell, which has {cell} voxels "
+                    f"on axis {axis}: two cells would share a chunk"
+                )
+        if compressor not in _CODECS:
+            raise ValueError(
+                f"unknown compressor {compressor!r}; use one of {', '.join(map(repr, _CODECS))}"
+            )
+        if sharded is None:
+            sharded = sizes != whole
+        try:
+            fill = checked_fill(fill_value, dtype, 0)
+        except ValueError:
+            raise ValueError(f"fill_value {fill_value!r} is no value of dtype {dtype}") from None
+        default = 1 if compressor == "zstd" else 5
+        return cls(
+            grid,
+            dtype,
+            sizes,
+            bool(sharded),
+            compressor,
+            default if level is None else level,
+            fill,
+        )
+
+    def create(self, where: str, *, overwrite: bool) -> None:
+        """Create the array, empty."""
+        import zarr
+
+        whole = _cell_extent(self.grid)
+        zarr.create_array(
+            where,
+            shape=self.grid.shape,
+            dtype=self.dtype,
+            chunks=self.chunks,
+            shards=whole if self.sharded else None,
+            compressors=_CODECS[self.compressor](self.level),
+            fill_value=self.fill_value,
+            overwrite=overwrite,
+            zarr_format=3,
+        )
+
+    def as_json(self) -> bytes:
+        """Return the layout as JSON text, for whoever asks for the state of a target."""
+        content = {
+            "schema": 1,
+            "shape": self.grid.shape,
+            "cell_shape": self.grid.cell_shape,
+            "dtype": self.dtype.str,
+        }
+        return json.dumps(content).encode()
+
+    def differences(self, array: Any) -> list[str]:
+        """Return in what an existing array differs, as text."""
+        whole = _cell_extent(self.grid)
+        expected = {
+            "zarr format": (array.metadata.zarr_format, 3),
+            "shape": (tuple(array.shape), self.grid.shape),
+            "dtype": (np.dtype(array.dtype), self.dtype),
+            "chunks": (tuple(array.chunks), self.chunks),
+            "shards": (array.shards, whole if self.sharded else None),
+        }
+        return [f"{k} {a}, expected {b}" for k, (a, b) in expected.items() if a != b]
+
+
+def _zstd(level: int) -> Any:
+    from zarr.codecs import ZstdCodec
+
+    return ZstdCodec(level=level)
+
+
+def _blosc(level: int) -> Any:
+    from zarr.codecs import BloscCodec
+
+    return BloscCodec(cname="zstd", clevel=level)
+
+
+def _gzip(level: int) -> Any:
+    from zarr.codecs import GzipCodec
+
+    return GzipCodec(level=level)
+
+
+_CODECS: dict[str | None, Callable[[int], Any]] = {
+    "zstd": _zstd,
+    "blosc": _blosc,
+    "gzip": _gzip,
+    None: lambda level: None,
+}
+
+
+def _cell_extent(grid: CellGrid) -> tuple[int, ...]:
+    """Return the shape of the first cell, at least 1 along each axis."""
+    pairs = zip(grid.cell_shape, grid.shape, strict=True)
+    return tuple(min(cell, extent) if extent else cell for cell, extent in pairs)
+
+
+def stored_grid(folder: Folder) -> CellGrid | None:
+    """Return the cells of a target, as its run noted them; None where there was no run."""
+    content = folder.read("layout.json")
+    if content is None:
+        return None
+    found = json.loads(content)
+    return CellGrid(found["shape"], found["cell_shape"])
+
+
+class Target:
+    """An array on the disk, and the stored objects of its cells.
+
+    Parameters
+    ----------
+    where : str
+        Path or URL of an array that exists.
+    grid : CellGrid
+        Cells; whole numbers of stored objects.
+
+    Notes
+    -----
+    Thread-safe: two cells never share an object. It pickles as its path.
+    """
+
+    def __init__(self, where: str, grid: CellGrid) -> None:
+        import zarr
+
+        self.where = where
+        self.grid = grid
+        self.array: Any = zarr.open_array(where, mode="r+")
+        self._objects = CellGrid(self.array.shape, self.array.shards or self.array.chunks)
+        self._folder = open_folder(where)
+        self._lock = threading.Lock()
+        self._twin: Any = None
+        self._twin_tried = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Target, (self.where, self.grid)
+
+    def write(self, index: int, data: NDArray[Any]) -> None:
+        """Store a cell; it is on the disk when this returns."""
+        box = self.grid.roi(self.grid.position(index)).slices
+        twin = self._tensorstore()
+        if twin is not None:
+            # Writes each object under another name, syncs it and renames it.
+            twin[box].write(data).result()
+            return
+        self.array[box] = data
+        if not is_url(self.where):
+            for name in self.objects(index):
+                _sync(Path(self.where) / name)
+
+    def read(self, index: int) -> NDArray[Any]:
+        """Return a stored cell."""
+        box = self.grid.roi(self.grid.position(index)).slices
+        data: NDArray[Any] = np.asarray(self.array[box])
+        return data
+
+    def objects(self, index: int) -> list[str]:
+        """Return the names of the stored objects of a cell."""
+        roi = self.grid.roi(self.grid.position(index))
+        _, parts = tiles(self._objects, roi.start, roi.stop)
+        encode = self.array.metadata.encode_chunk_key
+        return [encode(self._objects.position(number)) for number, _, _ in parts]
+
+    def checksums(self, index: int) -> dict[str, Any]:
+        """Return size and hash of each stored object of a cell; None where there is none."""
+        found: dict[str, Any] = {}
+        for name in self.objects(index):
+            content = self._folder.read(name)
+            found[name] = (
+                None
+                if content is None
+                else [len(content), hashlib.blake2b(content, digest_size=16).hexdigest()]
+            )
+        return found
+
+    def sizes(self, index: int) -> dict[str, int | None]:
+        """Return the size of each stored object of a cell; None where there is none."""
+        if is_url(self.where):
+            return {n: None if c is None else c[0] for n, c in self.checksums(index).items()}
+        found: dict[str, int | None] = {}
+        for name in self.objects(index):
+            try:
+                found[name] = (Path(self.where) / name).stat().st_size
+            except FileNotFoundError:
+                found[name] = None
+        return found
+
+    def _tensorstore(self) -> Any:
+        if not self._twin_tried:
+            with self._lock:
+                if not self._twin_tried:
+                    self._twin = None if is_url(self.where) else _open_twin(self.where, self.array)
+                    self._twin_tried = True
+        return self._twin
+
+
+def _open_twin(where: str, array: Any) -> Any:
+    try:
+        import tensorstore
+    except ImportError:
+        return None
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(Path(where).resolve())}}
+    try:
+        twin = tensorstore.open(spec, read=True, write=True, create=False).result()
+    except Exception:
+        # A codec or dtype that it does not know is zarr's business.
+        return None
+    return twin if twin.dtype.numpy_dtype == np.dtype(array.dtype) else None
+
+
+def _sync(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        # Nothing but fill values.
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,308 @@
+"""``cellimg run``, ``plan`` and ``status``: runs over whole images, described in a file."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cellimg_dask.cli.files import open_file
+from cellimg_dask.cli.require import require
+
+if TYPE_CHECKING:
+    import cellimg_dask as ci
+    from cellimg_dask.batch.spec import InputSpec, RunSpec, SlurmSpec
+
+__all__ = ["plan", "run", "status"]
+
+FAILED, IN_USE, INTERRUPTED = 3, 4, 130
+"""Exit codes: some cells failed; another run works on the target; Ctrl-C."""
+
+_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What goes wrong in a run or in a file that the spec names; told without a traceback."""
+
+_SPEC = click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_SET = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replace an entry of the spec, for instance --set halo=4 --set queue.backend=processes.",
+)
+
+
+@click.command()
+@_SPEC
+@_SET
+@click.option("--target", help="Where to write, in place of the spec's.")
+@click.option("--overwrite", is_flag=True, help="Replace a target that exists.")
+@click.option("--no-progress", is_flag=True, help="Show no bar.")
+def run(
+    spec: Path, changes: tuple[str, ...], target: str | None, overwrite: bool, no_progress: bool
+) -> None:
+    """Compute the image that SPEC describes into a zarr array.
+
+    SPEC is a YAML file. Run it again to carry on: what is done is not done again. Exit codes: 0
+    done, 1 error, 2 wrong usage or spec, 3 some cells failed, 4 the target is in use, 130
+    interrupted.
+    """
+    import cellimg_dask as ci
+
+    described = _read_spec(spec, changes, target)
+    try:
+        with _image(described, spec.parent) as image:
+            _write_resolved(described, spec.parent)
+            report = ci.run(
+                image,
+                _target(described, spec.parent),
+                overwrite=overwrite,
+                progress=not no_progress,
+                **described.run_arguments(),
+            )
+    except ci.TargetInUseError as error:
+        _end(str(error), IN_USE)
+    except KeyboardInterrupt:
+        # Not with --overwrite, which would begin anew.
+        again = ["cellimg", *(word for word in sys.argv[1:] if word != "--overwrite")]
+        _end(f"interrupted; what is done is kept. To carry on:\n  {shlex.join(again)}", INTERRUPTED)
+    except _ERRORS as error:
+        raise click.ClickException(f"{type(error).__name__}: {error}") from error
+    click.echo(report)
+    if not report.ok:
+        sys.exit(FAILED)
+
+
+@click.command()
+@_SPEC
+@_SET
+def plan(spec: Path, changes: tuple[str, ...]) -> None:
+    """Say what a run of SPEC would do; computes nothing and writes nothing."""
+    described = _read_spec(spec, changes, None)
+    slurm = described.queue.slurm
+    try:
+        with _image(described, spec.parent, start=False) as image:
+            facts = _projected(described, image)
+    except _ERRORS as error:
+        raise click.ClickException(f"{type(error).__name__}: {error}") from error
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {value}")
+    if slurm is not None:
+        with _slurm(slurm) as cluster:
+            click.echo(f"\n{cluster.job_script()}")
+
+
+@click.command()
+@click.argument("target")
+@click.option("--quick", is_flag=True, help="Compare the sizes of files and not their bytes.")
+def status(target: str, quick: bool) -> None:
+    """Say which cells of TARGET are done, missing or damaged, and what failed last.
+
+    Exit code 0 if every cell is done, else 3.
+    """
+    import json
+
+    from cellimg_dask.batch.manifest import Manifest
+    from cellimg_dask.batch.target import Target, stored_grid
+
+    manifest = Manifest(target)
+    grid = stored_grid(manifest.folder)
+    if grid is None:
+        raise click.ClickException(f"{target} was not made by a run of this library")
+    try:
+        stored = Target(target, grid)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"cannot read {target}: {error}") from error
+    marked = set(manifest.marked())
+    counts = Counter(
+        manifest.state(index, None, stored, checksums=not quick) if index in marked else "missing"
+        for index in range(grid.num_cells)
+    )
+    for name in ("done", "missing", "damaged"):
+        click.echo(f"{name:<8} {counts[name]:,} of {grid.num_cells:,}")
+    report = manifest.folder.read("report.json")
+    failed = json.loads(report)["failed"] if report else []
+    click.echo(f"{'failed':<8} {len(failed):,} in the last run")
+    for entry in failed[:10]:
+        click.echo(f"  {tuple(entry['position'])}: {entry['error']}")
+    if counts["done"] != grid.num_cells:
+        sys.exit(FAILED)
+
+
+def _end(message: str, code: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+def _read_spec(path: Path, changes: tuple[str, ...], target: str | None) -> RunSpec:
+    yaml: Any = require("yaml", "batch")
+    pydantic: Any = require("pydantic", "batch")
+    from cellimg_dask.batch.spec import RunSpec
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise click.UsageError(f"{path} must hold entries such as target: out.zarr")
+    for change in changes:
+        name, sign, value = change.partition("=")
+        if not sign:
+            raise click.UsageError(f"--set {change}: give KEY=VALUE")
+        *parents, last = name.split(".")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise click.UsageError(f"--set {change}: {parent} has no entries")
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"--set {change}: {value!r} is no YAML: {error}") from error
+    if target is not None:
+        content["target"] = target
+    try:
+        return RunSpec.model_validate(content)
+    except pydantic.ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, item['loc'])) or 'spec'}: {item['msg']}"
+            + (f" (got {item['input']!r})" if item["type"] != "missing" and item["loc"] else "")
+            for item in error.errors()
+        ]
+        raise click.UsageError("\n".join([f"{path} has mistakes:", *lines])) from error
+
+
+def _target(spec: RunSpec, folder: Path) -> str:
+    return spec.target if "://" in spec.target else str(folder / spec.target)
+
+
+def _write_resolved(spec: RunSpec, folder: Path) -> None:
+    """Write the spec with all its defaults beside the output, where it can be run as it is."""
+    import yaml
+
+    from cellimg_dask.batch.folder import open_folder
+    from cellimg_dask.batch.manifest import run_folder
+
+    content = spec.model_dump(mode="json")
+    content["target"] = _absolute(folder, spec.target)
+    for item in content["inputs"]:
+        item["path"] = _absolute(folder, item["path"])
+    if spec.function is not None and ".py:" in spec.function:
+        content["function"] = _absolute(folder, spec.function)
+    text = yaml.safe_dump(content, sort_keys=False)
+    open_folder(run_folder(_target(spec, folder))).write("spec.yaml", text.encode())
+
+
+def _absolute(folder: Path, name: str) -> str:
+    return name if "://" in name else str(folder.absolute() / name)
+
+
+@contextmanager
+def _image(spec: RunSpec, folder: Path, *, start: bool = True) -> Iterator[ci.CellImg]:
+    """Open what the spec names, and give the image; without ``start`` no workers."""
+    import cellimg_dask as ci
+
+    if spec.cache_bytes is not None:
+        ci.set_cache(spec.cache_bytes)
+    with ExitStack() as stack:
+
+        def open_array(item: InputSpec) -> tuple[Any, str | None]:
+            path = folder / item.path
+            arrays = stack.enter_context(open_file(path))
+            found = [stored for stored in arrays if not item.name or stored.name == item.name]
+            if not found:
+                names = ", ".join(stored.name or "(the only one)" for stored in arrays)
+                raise click.UsageError(f"{path} has no array {item.name!r}; it has {names}")
+            # The files of zarr are compared one by one, and arrays by their values.
+            version = None
+            if path.is_file() and found[0].kind != "npy":
+                facts = path.stat()
+                version = f"{facts.st_size} {facts.st_mtime_ns}"
+            return found[0].read(), version
+
+        queue = stack.enter_context(_queue(spec)) if start else None
+        yield spec.image(open_array, folder, queue)
+
+
+@contextmanager
+def _queue(spec: RunSpec) -> Iterator[ci.BlockQueue | None]:
+    import cellimg_dask as ci
+
+    wanted = spec.queue
+    with ExitStack() as stack:
+        backend: Any = wanted.backend
+        extra: dict[str, Any] = {}
+        if wanted.slurm is not None:
+            backend = stack.enter_context(_slurm(wanted.slurm))
+        if wanted.slurm is not None or "://" in wanted.backend:
+            extra = {
+                "resources": wanted.resources,
+                "timeout_s": wanted.timeout_s,
+                "insecure": wanted.insecure,
+            }
+        elif wanted == type(wanted)():
+            yield None
+            return
+        yield stack.enter_context(ci.BlockQueue(wanted.num_workers, wanted.init, backend, **extra))
+
+
+@contextmanager
+def _slurm(spec: SlurmSpec) -> Iterator[Any]:
+    dask_jobqueue: Any = require("dask_jobqueue", "cluster")
+    with dask_jobqueue.SLURMCluster(
+        cores=spec.cores,
+        memory=spec.memory,
+        processes=spec.processes,
+        walltime=spec.walltime,
+        queue=spec.queue,
+        **spec.options,
+    ) as cluster:
+        cluster.scale(jobs=spec.jobs)
+        yield cluster
+
+
+def _projected(spec: RunSpec, image: ci.CellImg) -> dict[str, str]:
+    from dask.utils import format_bytes
+
+    from cellimg_dask.batch.memory import project
+
+    grid, loader = image.grid, image.loader
+    workers = spec.queue.num_workers or 2
+    projected = project(loader, workers)
+    read = 0
+    if grid.num_cells:
+        middle = loader.plan(grid.index(tuple(n // 2 for n in grid.grid_shape)))
+        read = sum(
+            prod(window.length for window in windows) * reader.dtype.itemsize
+            for windows, reader in zip(middle.windows, loader.readers, strict=True)
+        )
+    own = sum(prod(reader.shape) * reader.dtype.itemsize for reader in loader.readers)
+    return {
+        "shape": f"{image.shape} {image.dtype}, {format_bytes(image.nbytes)}",
+        "cells": f"{grid.num_cells:,} of {grid.cell_shape}, {grid.grid_shape} in the grid",
+        "function": loader.function.name,
+        "read": f"{format_bytes(read * grid.num_cells)} by all blocks together, "
+        f"{read * grid.num_cells / max(own, 1):.2f} times the inputs because of the halo",
+        "written": f"{format_bytes(image.nbytes)} before compression, to {spec.target}",
+        "memory": str(projected),
+        "tasks": f"{grid.num_cells:,}, one per cell",
+    }

@@ -1,0 +1,160 @@
+"""One run at a time on a target, also after a run was killed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cellimg_dask.batch.folder import open_folder
+from cellimg_dask.batch.lock import RunLock, TargetInUseError
+from cellimg_dask.blocks.errors import CellimgError
+
+HOLDER = """
+import sys, time
+from cellimg_dask.batch.folder import open_folder
+from cellimg_dask.batch.lock import RunLock
+with RunLock(open_folder(sys.argv[1]), "out.zarr"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    if request.param == "local":
+        return open_folder(str(tmp_path / "beside"))
+    return open_folder(f"memory://lock-test/{tmp_path.name}/beside")
+
+
+def test_a_second_one_is_refused_until_the_first_ends(folder):
+    with RunLock(folder, "out.zarr"):
+        with pytest.raises(TargetInUseError) as refused, RunLock(folder, "out.zarr"):
+            pass
+        # And whoever was refused has broken nothing.
+        with pytest.raises(TargetInUseError), RunLock(folder, "out.zarr"):
+            pass
+    text = str(refused.value)
+    assert f"another run works on out.zarr (process {os.getpid()} on " in text
+    assert "wait for it, or give another target" in text
+    assert isinstance(refused.value, CellimgError)
+    assert isinstance(refused.value, FileExistsError)
+    with RunLock(folder, "out.zarr"):
+        pass
+
+
+def test_it_ends_with_an_error_too(folder):
+    with pytest.raises(KeyError), RunLock(folder, "out.zarr"):
+        raise KeyError
+    with RunLock(folder, "out.zarr"):
+        pass
+
+
+def test_of_many_threads_one_has_it(folder):
+    start, held = threading.Barrier(6), []
+
+    def take():
+        start.wait(10)
+        try:
+            with RunLock(folder, "out.zarr"):
+                held.append("held")
+                everybody.wait(10)
+        except TargetInUseError:
+            held.append("refused")
+            everybody.wait(10)
+
+    everybody = threading.Barrier(6)
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if isinstance(folder, type(open_folder("x"))):
+        assert sorted(held) == ["held"] + 5 * ["refused"]
+    else:
+        # As far as the store can tell: it may be that nobody has it, but never two.
+        assert held.count("held") <= 1
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        with (
+            pytest.raises(TargetInUseError, match=f"process {process.pid} on "),
+            RunLock(open_folder(str(tmp_path)), "out.zarr"),
+        ):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with RunLock(open_folder(str(tmp_path)), "out.zarr"):
+            pass
+
+
+def test_what_is_in_the_file_does_not_matter(tmp_path):
+    (tmp_path / "lock.json").write_bytes(b"\xff garbage")
+    with (
+        RunLock(open_folder(str(tmp_path)), "out.zarr"),
+        pytest.raises(TargetInUseError),
+        RunLock(open_folder(str(tmp_path)), "out.zarr"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[]", b"{}", b'{"beat": "never"}', b'{"beat": 1}'])
+def test_elsewhere_what_was_left_behind_counts_no_more(tmp_path, content):
+    folder = open_folder(f"memory://lock-test/{tmp_path.name}/left")
+    folder.write("lock.json", content)
+    with RunLock(folder, "out.zarr"), pytest.raises(TargetInUseError), RunLock(folder, "out.zarr"):
+        pass
+    assert folder.read("lock.json") is None
+
+
+def test_elsewhere_a_fresh_entry_counts(tmp_path):
+    folder = open_folder(f"memory://lock-test/{tmp_path.name}/fresh")
+    entry = {"token": "x", "host": "other-host", "pid": 7, "beat": time.time()}
+    folder.write("lock.json", json.dumps(entry).encode())
+    with pytest.raises(TargetInUseError, match="process 7 on other-host"), RunLock(folder, "o"):
+        pass
+    assert json.loads(folder.read("lock.json")) == entry
+
+
+def test_elsewhere_the_entry_is_renewed(tmp_path, monkeypatch):
+    from cellimg_dask.batch import lock
+
+    monkeypatch.setattr(lock, "_BEAT_S", 0.001)
+    folder = open_folder(f"memory://lock-test/{tmp_path.name}/beat")
+    with RunLock(folder, "out.zarr"):
+        first = json.loads(folder.read("lock.json"))
+        now = first
+        while now["beat"] == first["beat"]:
+            now = json.loads(folder.read("lock.json"))
+        assert now["token"] == first["token"]
+    assert folder.read("lock.json") is None
+
+
+def test_a_file_system_without_locks_says_so(tmp_path, monkeypatch):
+    def no_locks(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with (
+        pytest.raises(OSError, match="No locks available"),
+        RunLock(open_folder(str(tmp_path)), "out.zarr"),
+    ):
+        pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors

@@ -1,0 +1,446 @@
+"""What goes wrong around queues of threads and processes: interrupts, forks, exits, odd blocks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cellimg_dask as ci
+from cellimg_dask.loading.crew import Crew
+from cellimg_dask.queues.channel import Channel
+from cellimg_dask.queues.pool import Pool
+from cellimg_dask.queues.process_worker import _Server
+from cellimg_dask.queues.slots import Slots
+from cellimg_dask.state.segments import create_segment, is_removed, remove_segment
+
+Make = Callable[..., ci.BlockQueue]
+Begin = Callable[..., Future[Any]]
+
+PATIENCE_S = 60
+"""What takes longer hangs."""
+
+LOCAL = pytest.mark.parametrize("backend", ["threads", "processes"], indirect=True)
+PROCESSES = pytest.mark.parametrize("backend", ["processes"], indirect=True)
+THREADS = pytest.mark.parametrize("backend", ["threads"], indirect=True)
+
+
+def numbers(queue: ci.BlockQueue | None, count: int = 4, function: Any = None) -> ci.CellImg:
+    """An image of ``count`` cells with a voxel each, numbered, or what ``function`` fills in."""
+
+    def number(block: ci.Block) -> None:
+        block.data[...] = block.index
+
+    grid = ci.CellGrid((count,), 1)
+    return ci.fill_cells(function or number, grid, dtype=int, queue=queue)
+
+
+def interrupted_at_call(number: int, function: Callable[[], Any]) -> bool:
+    """Call something that is interrupted where its n-th inner call begins; False if none does."""
+    left = number
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == -2:
+            raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def run_python(code: str, *options: str, shell: str = "") -> subprocess.CompletedProcess[str]:
+    """Run code in a Python of its own, with standard streams as the shell makes them."""
+    command = [sys.executable, *options, "-c", code]
+    if shell:
+        command = ["sh", "-c", f'exec "$0" "$@" {shell}', *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE_S)
+
+
+PREPARED = """
+import os, sys, threading
+import numpy as np
+import cellimg_dask as ci
+def double(a):
+    return 2 * a + shift
+queue = ci.BlockQueue(2, "shift = 1", {backend!r})
+data = np.arange(40)
+image = ci.map_cells(double, data, dtype=int, cell_shape=5, queue=queue, cache=None)
+def check():
+    assert (image[...] == 2 * data + 1).all()
+check()
+"""
+
+
+# ---------------------------------------------------------------------------- interrupts
+
+
+def test_a_worker_comes_back_wherever_its_borrower_is_interrupted(until: Any, begin: Begin) -> None:
+    def borrow(pool: Pool[str]) -> str:
+        with pool.lend() as worker:
+            return worker
+
+    number, interrupted = 0, True
+    while interrupted:
+        pool = Pool(["worker"])
+        interrupted = interrupted_at_call(number, partial(borrow, pool))
+        assert begin(borrow, pool).result(PATIENCE_S) == "worker"
+
+        # The same, where another one waits for the worker.
+        lent = pool.lend()
+        lent.__enter__()
+        other = begin(borrow, pool)
+        until(lambda pool=pool: pool.num_waiting == 1)
+        interrupted |= interrupted_at_call(number, partial(lent.__exit__, None, None, None))
+        del lent
+        assert other.result(PATIENCE_S) == "worker"
+        assert begin(pool.close).result(PATIENCE_S)
+        number += 1
+    assert number > 3
+
+
+@PROCESSES
+def test_a_late_reply_is_not_taken_for_another_blocks(
+    make_queue: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_queue(1)
+    image = numbers(queue)
+    image[0]
+
+    def interrupted(channel: Channel) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        # As if the signal that kills the worker took its time.
+        patch.setattr(subprocess.Popen, "kill", lambda process: None)
+        patch.setattr(Channel, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            image[1]
+    np.testing.assert_array_equal(image[...], range(4))
+    np.testing.assert_array_equal(numbers(queue, 9)[...], range(9))
+
+
+def test_a_segment_that_an_interrupted_worker_may_still_write_to_is_not_used_again() -> None:
+    slots = Slots()
+    wanted = [((4,), np.dtype(int))]
+    with slots.lend() as slot:
+        first, _ = slot.lay_out(wanted)
+    with slots.lend() as slot:
+        again, _ = slot.lay_out(wanted)
+    assert again.name == first.name
+    with pytest.raises(KeyboardInterrupt), slots.lend():
+        raise KeyboardInterrupt
+    with slots.lend() as slot:
+        after, _ = slot.lay_out(wanted)
+    assert after.name != first.name
+    slots.remove()
+
+
+def test_a_segment_is_removed_where_making_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, footprint: Callable[[], dict[str, Any]]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "posix_fallocate", interrupted)
+    before = footprint()
+    with pytest.raises(KeyboardInterrupt):
+        create_segment(1000)
+    assert footprint() == before
+
+
+def test_a_limit_of_the_process_is_want_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    with pytest.raises(MemoryError, match="no room for 1,000 bytes"):
+        create_segment(1000)
+
+
+def test_a_crew_ends_threads_that_it_has_lost_count_of(begin: Begin) -> None:
+    crew = Crew(2, spare_tiny=False)
+    crew.spawn(lambda: None).result(PATIENCE_S)
+    crew.spawn(lambda: None).result(PATIENCE_S)
+    # As where whoever started it was interrupted before it was noted.
+    lost = crew._threads.pop(0)
+    begin(crew.close).result(PATIENCE_S)
+    lost.join(PATIENCE_S)
+    assert not lost.is_alive()
+
+
+def test_a_crew_may_be_closed_by_a_thread_of_its_own() -> None:
+    # The one that drops the last reference to a queue.
+    crew = Crew(2)
+    crew.spawn(crew.close).result(PATIENCE_S)
+
+
+@LOCAL
+def test_an_init_without_end_can_be_interrupted(
+    make_queue: Make, gate: Any, begin: Begin, backend: str
+) -> None:
+    hold = gate.hold
+    over = threading.Event()
+
+    def press() -> None:
+        gate.wait_for(2)
+        # Python overlooks a signal that comes just before it begins to wait for a lock.
+        while not over.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            over.wait(0.1)
+
+    def on_signal(number: int, frame: Any) -> None:
+        if not over.is_set():
+            over.set()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    pressed = begin(press)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            make_queue(2, hold)
+    finally:
+        over.set()
+        pressed.result(PATIENCE_S)
+        signal.signal(signal.SIGINT, before)
+
+
+@PROCESSES
+def test_an_init_that_fails_does_not_wait_for_one_without_end(
+    make_queue: Make, gate: Any, in_time: Any, tmp_path: Path
+) -> None:
+    hold, lock = gate.hold, str(tmp_path / "lock")
+
+    def init() -> None:
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            raise ValueError("no gpu") from None
+        hold()
+
+    with pytest.raises(ci.InitError, match="no gpu"):
+        in_time(make_queue, 2, init)
+
+
+# ---------------------------------------------------------------------------- forks and exits
+
+
+@pytest.mark.parametrize("backend", ["threads", "processes"])
+def test_a_forked_process_leaves_the_workers_alone(backend: str) -> None:
+    code = PREPARED.format(backend=backend) + (
+        "pids = getattr(queue.blocks, 'pids', None)\n"
+        "for way in range(3):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        if way > 0:\n"
+        "            check()\n"
+        "        if way > 1:\n"
+        "            queue.close()\n"
+        "        sys.exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "    check()\n"
+        "assert pids == getattr(queue.blocks, 'pids', None)\n"
+        "queue.close()\n"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("backend", ["threads", "processes"])
+def test_python_ends_without_ado_though_a_queue_is_open(backend: str) -> None:
+    # The thread keeps the names of the script, and so the queue, alive to the very end.
+    code = PREPARED.format(backend=backend) + (
+        "threading.Thread(target=lambda: threading.Event().wait(), daemon=True).start()\n"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_python_ends_though_blocks_run_in_processes() -> None:
+    code = PREPARED.format(backend="processes") + (
+        "import tempfile\n"
+        "folder = tempfile.TemporaryDirectory()\n"
+        "os.mkfifo(folder.name + '/began')\n"
+        "began = os.open(folder.name + '/began', os.O_RDWR)\n"
+        "def forever(a, name):\n"
+        "    os.write(os.open(name, os.O_WRONLY), b'.')\n"
+        "    threading.Event().wait()\n"
+        "endless = ci.map_cells(\n"
+        "    forever, data, dtype=int, cell_shape=5, queue=queue,\n"
+        "    params={'name': folder.name + '/began'},\n"
+        ")\n"
+        "endless.prefetch()\n"
+        "os.read(began, 1)\n"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_worker_processes_need_no_standard_streams(closed: str) -> None:
+    code = PREPARED.format(backend="processes") + (
+        "def say(a):\n"
+        "    print('dust', flush=True)\n"
+        "    os.write(2, b'dust')\n"
+        "    return a\n"
+        "loud = ci.map_cells(say, data, dtype=int, cell_shape=5, queue=queue)\n"
+        "assert (loud[...] == data).all()\n"
+        "queue.close()\n"
+        "print('done')\n"
+    )
+    done = run_python(code, shell=closed)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+@PROCESSES
+def test_a_crash_is_seen_though_the_block_left_a_child(
+    make_queue: Make, gate: Any, in_time: Any
+) -> None:
+    hold = gate.hold
+
+    def crash(block: ci.Block) -> None:
+        if os.fork() == 0:
+            hold()
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    queue = make_queue(1)
+    with pytest.raises(ci.WorkerDiedError, match="SIGKILL"):
+        in_time(lambda: numbers(queue, 1, crash)[...])
+    gate.wait_for(1)
+
+
+@PROCESSES
+def test_what_a_block_forks_does_not_answer(make_queue: Make, in_time: Any) -> None:
+    def fork(block: ci.Block) -> None:
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            block.data[...] = block.index
+
+    queue = make_queue(1)
+    np.testing.assert_array_equal(in_time(lambda: numbers(queue, 4, fork)[...]), range(4))
+    np.testing.assert_array_equal(in_time(lambda: numbers(queue, 9)[...]), range(9))
+
+
+# ---------------------------------------------------------------------------- blocks and errors
+
+
+@PROCESSES
+def test_python_objects_do_not_travel_by_shared_memory(make_queue: Make) -> None:
+    objects = np.array([1, "two", None, 4.0], dtype=object)
+    image = ci.map_cells(
+        lambda a: np.zeros(a.shape), objects, dtype=float, cell_shape=2, queue=make_queue()
+    )
+    with pytest.raises(ci.ReadError, match="input 0 has dtype object"):
+        image[...]
+
+
+@PROCESSES
+def test_errors_that_cannot_be_made_anew_still_say_what_happened(make_queue: Make) -> None:
+    def own(block: ci.Block) -> None:
+        class OwnError(ci.CellimgError):
+            def __init__(self, what: str, where: str) -> None:
+                super().__init__(f"{what} in {where}")
+
+        raise OwnError("dust", "the light path")
+
+    def leaving(block: ci.Block) -> None:
+        class LeavingError(Exception):
+            def __reduce__(self) -> Any:
+                return sys.exit, (4,)
+
+        raise LeavingError("dust")
+
+    queue = make_queue(1)
+    with pytest.raises(ci.CellimgError, match="dust in the light path"):
+        numbers(queue, 1, own)[...]
+    with pytest.raises(ci.CellimgError, match="LeavingError: dust"):
+        numbers(queue, 1, leaving)[...]
+    np.testing.assert_array_equal(numbers(queue)[...], range(4))
+
+
+@PROCESSES
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="no real-time signals")
+def test_a_signal_without_a_name(make_queue: Make) -> None:
+    number = signal.SIGRTMIN + 3
+    queue = make_queue(1)
+    with pytest.raises(ci.WorkerDiedError, match=f"signal {number:d}"):
+        numbers(queue, 1, lambda block: os.kill(os.getpid(), number))[...]
+
+
+@PROCESSES
+def test_what_a_block_prints_before_a_crash_is_seen(
+    make_queue: Make, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+    def crash(block: ci.Block) -> None:
+        print("dust on the lens")
+        os._exit(1)
+
+    queue = make_queue(1)
+    with pytest.raises(ci.WorkerDiedError):
+        numbers(queue, 1, crash)[...]
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "dust on the lens\n")
+
+
+@LOCAL
+def test_init_runs_once_though_blocks_read_images_of_their_queue(
+    make_queue: Make, log: Any
+) -> None:
+    add = log.add
+    queue = make_queue(1, lambda: add("init"))
+    lower = numbers(queue, 2)
+
+    def read(block: ci.Block) -> None:
+        block.data[...] = lower[...].sum()
+
+    np.testing.assert_array_equal(numbers(queue, 2, read)[...], [1, 1])
+    assert log.first_words() == ["init"]
+
+
+@THREADS
+def test_a_block_that_reads_its_own_cell_is_a_cycle(make_queue: Make, in_time: Any) -> None:
+    images: list[ci.CellImg] = []
+
+    def read(block: ci.Block) -> None:
+        block.data[...] = images[0][block.index]
+
+    images.append(numbers(make_queue(2), 2, read))
+    with pytest.raises(ci.CycleError):
+        in_time(lambda: images[0][...])
+
+
+def test_a_worker_process_lets_go_of_segments_that_are_gone() -> None:
+    server = _Server()
+    segments = [create_segment(100) for _ in range(3)]
+    for slot, segment in enumerate(segments[:2]):
+        server._segment(slot, segment.name)
+    remove_segment(segments[1])
+    assert is_removed(server._segments[1])
+    assert not is_removed(server._segments[0])
+    server._segment(0, segments[2].name)
+    assert {slot: s.name for slot, s in server._segments.items()} == {0: segments[2].name}
+    for segment in (segments[0], segments[2]):
+        remove_segment(segment)
+    server._segments.pop(0).close()
