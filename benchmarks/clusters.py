@@ -151,7 +151,7 @@ def _map(client: Any, rows: int) -> tuple[np.ndarray, Any, float]:
     submit_s = perf_counter() - began
     out = np.empty((rows * EDGE, COLUMNS * EDGE), np.uint8)
     blocks = out.reshape(rows, EDGE, COLUMNS, EDGE).swapaxes(1, 2)
-    for index, block in enumerate(client.gather(futures)):
+    for index, block in enumerate(client.gather(futures, direct=True)):
         blocks[divmod(index, COLUMNS)] = block
     return out, futures, submit_s
 

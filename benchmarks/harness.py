@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,17 +32,26 @@ def in_fresh_process(case: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Run one of `benchmarks.cases` in a new interpreter and return what it measured."""
     # A new interpreter inherits its parent's peak memory as its own, so this one imports neither
     # NumPy nor anything that does.
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.cases", case, json.dumps(arguments)],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT_S,
-        check=False,
+        start_new_session=True,
     )
-    if done.returncode != 0:
-        raise MeasurementError(f"{case} {arguments} failed:\n{done.stdout}{done.stderr}")
-    numbers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise MeasurementError(f"{case} {arguments} took more than {TIMEOUT_S} s") from None
+    finally:
+        if process.poll() is None:
+            # With the processes that it has started itself.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode != 0:
+        raise MeasurementError(f"{case} {arguments} failed:\n{output}{errors}")
+    numbers: dict[str, Any] = json.loads(output.splitlines()[-1])
     return numbers
 
 

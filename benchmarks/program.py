@@ -27,6 +27,8 @@ def run_program(name: str, about: str | None, rows: Rows, arguments: Sequence[st
         for row in options.only:
             lines.extend(rows[row](lab))
     except MeasurementError as error:
+        # What was measured before may have taken long.
+        print(table(lines, judged=not options.quick))
         print(error, file=sys.stderr)
         return 1
     finally:

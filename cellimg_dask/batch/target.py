@@ -207,6 +207,10 @@ class Target:
     def write(self, index: int, data: NDArray[Any]) -> None:
         """Store a cell; it is on the disk when this returns."""
         box = self.grid.roi(self.grid.position(index)).slices
+        for name in self.objects(index):
+            # At the image's end a part of a chunk is written, and that is to be put into what is
+            # there, which may be damaged.
+            self._folder.remove(name)
         twin = self._tensorstore()
         if twin is not None:
             # Writes each object under another name, syncs it and renames it.

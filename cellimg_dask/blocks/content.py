@@ -45,12 +45,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.blocks.errors import CellimgError
 from cellimg_dask.blocks.functions import BlockCode
 
 __all__ = ["NoContentError", "array_content", "digest", "dtype_content", "value_content"]
 
 
-class NoContentError(TypeError):
+class NoContentError(CellimgError, TypeError):
     """Something has no content that could be compared; the message says what and where."""
 
 

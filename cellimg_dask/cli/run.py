@@ -70,7 +70,7 @@ def run(
     described = _read_spec(spec, changes, target)
     try:
         with _image(described, spec.parent) as image:
-            _write_resolved(described, spec.parent)
+            _write_resolved(described, spec.parent, replace=False)
             report = ci.run(
                 image,
                 _target(described, spec.parent),
@@ -78,6 +78,7 @@ def run(
                 progress=not no_progress,
                 **described.run_arguments(),
             )
+            _write_resolved(described, spec.parent, replace=True)
     except ci.TargetInUseError as error:
         _end(str(error), IN_USE)
     except KeyboardInterrupt:
@@ -179,7 +180,8 @@ def _read_spec(path: Path, changes: tuple[str, ...], target: str | None) -> RunS
         except yaml.YAMLError as error:
             raise click.UsageError(f"--set {change}: {value!r} is no YAML: {error}") from error
     if target is not None:
-        content["target"] = target
+        # As whoever typed it sees it, and not from the spec's folder.
+        content["target"] = _absolute(Path(), target)
     try:
         return RunSpec.model_validate(content)
     except pydantic.ValidationError as error:
@@ -195,7 +197,7 @@ def _target(spec: RunSpec, folder: Path) -> str:
     return spec.target if "://" in spec.target else str(folder / spec.target)
 
 
-def _write_resolved(spec: RunSpec, folder: Path) -> None:
+def _write_resolved(spec: RunSpec, folder: Path, *, replace: bool) -> None:
     """Write the spec with all its defaults beside the output, where it can be run as it is."""
     import yaml
 
@@ -209,7 +211,10 @@ def _write_resolved(spec: RunSpec, folder: Path) -> None:
     if spec.function is not None and ".py:" in spec.function:
         content["function"] = _absolute(folder, spec.function)
     text = yaml.safe_dump(content, sort_keys=False)
-    open_folder(run_folder(_target(spec, folder))).write("spec.yaml", text.encode())
+    beside = open_folder(run_folder(_target(spec, folder)))
+    # One that is there may be that of a run which works on the target.
+    if replace or beside.read("spec.yaml") is None:
+        beside.write("spec.yaml", text.encode())
 
 
 def _absolute(folder: Path, name: str) -> str:

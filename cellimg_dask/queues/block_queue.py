@@ -205,8 +205,13 @@ class BlockQueue:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
-            self.close(0 if self.backend == "processes" else None)
+            try:
+                # An error where warnings are errors.
+                warnings.warn(
+                    f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2
+                )
+            finally:
+                self.close(0 if self.backend == "processes" else None)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Arrived(self.token, self.init).__reduce__()

@@ -93,10 +93,8 @@ class ClusterCells:
     ) -> None:
         if max_bytes is not None:
             max_bytes = as_int(max_bytes, "max_bytes", minimum=0)
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s must be above 0, got {timeout_s!r}")
-        self._timeout_s = timeout_s
-        self.resources = dict(resources or {})
+        self._timeout_s = _checked_timeout(timeout_s)
+        self.resources = _checked_resources(resources)
         self._closed = False
         self._images: weakref.WeakKeyDictionary[CellLoader, _Image] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -372,19 +370,25 @@ class ClusterCells:
                     self._let_errors_go()
                 if [future.key for future in image.definition] != [key]:
                     before = image.definition
-                    image.definition = self._get({key: _packed(key, task.value)}, [key])
+                    # Whatever asks first: what is asked for later may be urgent.
+                    definition = {key: _packed(key, task.value)}
+                    image.definition = self._get(definition, [key], INTERACTIVE)
                     # That of the time before the image changed.
                     release(before)
                 request.uses += map(handle, image.definition)
 
-    def _get(self, tasks: dict[Any, Any], keys: list[Any]) -> list[Any]:
+    def _get(self, tasks: dict[Any, Any], keys: list[Any], urgency: int | None = None) -> list[Any]:
         try:
             futures: list[Any] = self.client.get(
                 tasks,
                 keys,
                 sync=False,
                 resources=self.resources or None,
-                priority=_DASK_PRIORITY_OF_INTERACTIVE + INTERACTIVE - priority.get(),
+                priority=_DASK_PRIORITY_OF_INTERACTIVE
+                + INTERACTIVE
+                - (priority.get() if urgency is None else urgency),
+                # Among equals what was asked for first goes first.
+                fifo_timeout=0,
             )
         except Exception as error:
             self._fail(error)
@@ -623,6 +627,31 @@ class _Request:
         release(other.future for other in self.others)
         release(self.uses)
         self.cells, self.batches, self.others, self.uses = {}, deque(), [], []
+
+
+def _checked_timeout(timeout_s: object) -> float:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
+        raise TypeError(f"timeout_s must be a number of seconds, got {timeout_s!r}")
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s must be above 0, got {timeout_s!r}")
+    return float(timeout_s)
+
+
+def _checked_resources(resources: object) -> dict[str, float]:
+    if resources is None:
+        return {}
+    if not isinstance(resources, Mapping):
+        raise TypeError(
+            f'resources must map names to numbers, for instance {{"GPU": 1}}; got {resources!r}'
+        )
+    for name, number in resources.items():
+        if not isinstance(name, str) or isinstance(number, bool):
+            raise TypeError(f"resources must map names to numbers, got {name!r}: {number!r}")
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"resources[{name!r}] must be a number, got {number!r}")
+        if not number > 0:
+            raise ValueError(f"resources[{name!r}] must be above 0, got {number!r}")
+    return dict(resources)
 
 
 def _fed(stage: tuple[str, CellLoader, dict[int, Any]]) -> bool:

@@ -18,7 +18,8 @@ from scipy import ndimage
 
 import cellimg_dask as ci
 from cellimg_dask.batch import target as targets
-from cellimg_dask.batch.folder import open_folder
+from cellimg_dask.batch.folder import LocalFolder, open_folder
+from cellimg_dask.batch.manifest import Manifest
 
 
 def smooth(array, sigma):
@@ -154,8 +155,7 @@ def image():
     return np.arange(1, 145).reshape(12, 12)
 
 
-CELL = 4
-CHUNK = f"c/{CELL // 3}/{CELL % 3}"
+CHUNK = "c/1/1"
 
 
 def flip(path):
@@ -165,36 +165,67 @@ def flip(path):
 
 
 HARMS = {
-    "nothing": lambda target: None,
-    "chunk truncated": lambda target: os.truncate(f"{target}/{CHUNK}", 7),
-    "chunk emptied": lambda target: os.truncate(f"{target}/{CHUNK}", 0),
-    "byte flipped": lambda target: flip(Path(target, CHUNK)),
-    "chunk removed": lambda target: Path(target, CHUNK).unlink(),
-    "marker removed": lambda target: marker(target, CELL).unlink(),
-    "marker garbage": lambda target: marker(target, CELL).write_bytes(b"\xff{]"),
-    "marker empty": lambda target: marker(target, CELL).write_bytes(b""),
-    "marker of another cell": lambda target: marker(target, CELL).write_bytes(
-        marker(target, 3).read_bytes()
+    "nothing": lambda chunk, marker, other: None,
+    "chunk truncated": lambda chunk, marker, other: os.truncate(chunk, 7),
+    "chunk emptied": lambda chunk, marker, other: os.truncate(chunk, 0),
+    "byte flipped": lambda chunk, marker, other: flip(chunk),
+    "chunk removed": lambda chunk, marker, other: chunk.unlink(),
+    "data of another cell": lambda chunk, marker, other: chunk.write_bytes(other.read_bytes()),
+    "marker removed": lambda chunk, marker, other: marker(None).unlink(),
+    "marker garbage": lambda chunk, marker, other: marker(None).write_bytes(b"\xff{]"),
+    "marker empty": lambda chunk, marker, other: marker(None).write_bytes(b""),
+    "marker of another cell": lambda chunk, marker, other: marker(None).write_bytes(
+        marker(0).read_bytes()
     ),
-    "data of another cell": lambda target: Path(target, CHUNK).write_bytes(
-        Path(target, "c/0/0").read_bytes()
+    "both removed": lambda chunk, marker, other: (chunk.unlink(), marker(None).unlink()),
+    "chunk flipped, marker removed": lambda chunk, marker, other: (
+        flip(chunk),
+        marker(None).unlink(),
     ),
-    "both removed": lambda target: (Path(target, CHUNK).unlink(), marker(target, CELL).unlink()),
 }
 
 
+WHOLE, RAGGED = (12, 12), (6, 7)
+
+
 @pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("layout", [{}, {"chunks": 2}])
-def test_after_harm_exactly_what_was_harmed(image, target, twice, calls, go, stored, harm, layout):
-    assert go(twice(image), target, **layout).ok
-    assert calls.take() == list(range(9))
-    HARMS[harm](target)
+@pytest.mark.parametrize(
+    ("writer", "layout", "shape"),
+    [
+        ("tensorstore", {}, WHOLE),
+        ("tensorstore", {}, RAGGED),
+        ("tensorstore", {"chunks": 2}, WHOLE),
+        ("tensorstore", {"chunks": 2}, RAGGED),
+        ("tensorstore", {"chunks": 2, "sharded": False}, RAGGED),
+        ("zarr", {}, RAGGED),
+        ("zarr", {"chunks": 2}, RAGGED),
+    ],
+)
+def test_after_harm_exactly_what_was_harmed(
+    image, target, twice, calls, go, stored, monkeypatch, harm, layout, shape, writer
+):
+    if writer == "zarr":
+        monkeypatch.setattr(targets, "_open_twin", lambda where, array: None)
+    image = image[: shape[0], : shape[1]]
+    # Where the image is ragged it is the last cell, which is smaller than its chunk.
+    img = twice(image)
+    cell, count = img.grid.index((1, 1)), img.grid.num_cells
+    chunk = Path(target, "c/2/2" if "sharded" in layout else "c/1/1")
+    assert go(img, target, **layout).ok
+    assert calls.take() == list(range(count))
+    HARMS[harm](
+        chunk,
+        lambda index: marker(target, cell if index is None else index),
+        Path(target, "c/0/0"),
+    )
+    again = [] if harm == "nothing" else [cell]
     report = go(twice(image), target, **layout)
-    assert calls.take() == ([] if harm == "nothing" else [CELL])
-    assert (report.computed, report.skipped) == ((0, 9) if harm == "nothing" else (1, 8))
-    if "removed" not in harm or harm == "chunk removed":
-        kind = "other" if harm == "marker of another cell" else "damaged"
-        assert report.redone == ({} if harm == "nothing" else {kind: 1})
+    assert calls.take() == again
+    assert (report.computed, report.skipped) == (len(again), count - len(again))
+    if harm == "nothing" or "marker removed" in harm or harm == "both removed":
+        assert report.redone == {}
+    else:
+        assert report.redone == {"other" if harm == "marker of another cell" else "damaged": 1}
     assert np.array_equal(stored(target), 2 * image)
     assert go(twice(image), target, **layout).computed == 0
 
@@ -208,7 +239,7 @@ def test_sizes_are_quicker_and_see_less(image, target, twice, calls, go):
     assert go(twice(image), target, verify="sizes").computed == 1
     assert calls.take() == [0]
     assert go(twice(image), target, verify="checksums").computed == 1
-    assert calls.take() == [CELL]
+    assert calls.take() == [4]
 
 
 def test_what_was_edited_is_computed_again(image, target, twice, calls, go, stored):
@@ -687,11 +718,29 @@ def test_a_limit_on_the_size_of_files(
     assert np.array_equal(stored(target), 2 * image)
 
 
+def test_a_marker_does_not_outlive_its_data(image, target, twice, calls, go, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    go(twice(image), target, compressor=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "commit", killed)
+        with pytest.raises(Killed):
+            go(twice(image, by=3), target)
+    harmed = set(range(9)) - set(Manifest(target).marked())
+    assert harmed
+    calls.take()
+    # Of the same size as before, so that the marker would be believed.
+    assert go(twice(image), target, verify="sizes").computed == len(harmed)
+    assert calls.take() == sorted(harmed)
+
+
 def test_a_marker_that_cannot_be_written_marks_nothing(
     image, target, twice, calls, marked, go, stored, monkeypatch
 ):
-    from cellimg_dask.batch.folder import LocalFolder
-
     write = LocalFolder.write
 
     def full(folder, name, content):

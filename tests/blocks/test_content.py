@@ -93,9 +93,10 @@ EDITS = {
     "keyword-only default": ("def f(a, *, n=1): return a + n", "def f(a, *, n=2): return a + n"),
     "order of parameters": ("def f(a, b): return a - b", "def f(b, a): return a - b"),
     "kind of a parameter": ("def f(*a): return a", "def f(**a): return a"),
+    # The same steps, but for what is caught.
     "what try covers": (
-        "def f(a):\n    try:\n        a()\n    except E: return 1\n    a()",
         "def f(a):\n    try:\n        a()\n        a()\n    except E: return 1",
+        "def f(a):\n    try:\n        a()\n    except E: return 1\n    else:\n        a()",
     ),
     "exception caught": (
         "def f(a):\n    try: return a()\n    except KeyError: return 1",

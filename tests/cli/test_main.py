@@ -8,19 +8,35 @@ from importlib.metadata import version
 
 import pytest
 
+COMMANDS = {
+    "demo": "zarr",
+    "info": "zarr",
+    "run": "Run it again to carry on",
+    "plan": "computes nothing and writes nothing",
+    "status": "done, missing or damaged",
+}
+
 
 def test_help_names_the_commands(run):
     result = run("--help")
     assert result.exit_code == 0
-    assert "demo" in result.output
-    assert "info" in result.output
+    listed = [line.split()[0] for line in result.output.split("Commands:")[1].splitlines() if line]
+    assert set(COMMANDS) <= set(listed)
 
 
-@pytest.mark.parametrize("command", ["demo", "info"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_explains_itself(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0
-    assert "zarr" in result.output
+    assert COMMANDS[command] in " ".join(result.output.split())
+
+
+def test_the_help_of_a_run_tells_its_exit_codes(run):
+    text = " ".join(run("run", "--help").output.split())
+    assert (
+        "Exit codes: 0 done, 1 error, 2 wrong usage or spec, 3 some cells failed, 4 the target is "
+        "in use, 130 interrupted"
+    ) in text
 
 
 def test_version_is_that_of_the_package(run):
@@ -38,13 +54,14 @@ def test_python_m_is_the_same_command():
     assert done.stdout.startswith("cellimg, version ")
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize("command", ["demo", "run", "status"])
+def test_help_imports_nothing_heavy(command):
     code = (
         "import sys\n"
         "from cellimg_dask.cli import main\n"
-        "main(['demo', '--help'], standalone_mode=False)\n"
+        f"main([{command!r}, '--help'], standalone_mode=False)\n"
         "heavy = {'dask', 'scipy', 'skimage', 'matplotlib', 'zarr', 'tifffile', 'h5py', "
-        "'imageio', 'tensorstore', 'distributed'}\n"
+        "'imageio', 'tensorstore', 'distributed', 'pydantic', 'yaml', 'fsspec'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
     )
     done = subprocess.run(

@@ -843,14 +843,14 @@ def test_init_runs_once_on_each_worker_before_its_first_block(
     queue = make_queue(2, log.code + "add('init')")
     # At once, so that what is wrong is known at once.
     assert log.first_words() == ["init", "init"]
-    for _ in range(2):
-        in_time(lambda: numbers(queue, 8, noting())[...])
+    for word in ("first", "second"):
+        in_time(np.asarray, numbers(queue, 8, noting(word)))
     workers = workers_in(log, backend)
     assert len(workers) == 2
     for words in workers.values():
         assert words[0] == "init"
-        assert set(words[1:]) <= {"block"}
-    assert log.first_words().count("block") == 16
+        assert set(words[1:]) <= {"first", "second"}
+    assert log.first_words().count("first") == log.first_words().count("second") == 8
 
 
 def test_init_does_not_run_again_for_a_block_that_reads_an_image(
@@ -1307,19 +1307,19 @@ def failing_block(make_queue: Make, **_: Any) -> None:
     def fail(block: ci.Block) -> None:
         raise ValueError("bad plane")
 
-    with make_queue() as queue, pytest.raises(ci.BlockError):
+    with make_queue(1) as queue, pytest.raises(ci.BlockError):
         numbers(queue, 4, fail)[...]
 
 
 def failing_init(make_queue: Make, **_: Any) -> None:
     with pytest.raises(ci.InitError):
-        make_queue(2, "raise ValueError('no gpu')")
+        make_queue(1, "raise ValueError('no gpu')")
 
 
 def interrupted(make_queue: Make, make_gate: Any, interrupt_when: Any, **_: Any) -> None:
     gate = make_gate()
     hold = gate.hold
-    with make_queue() as queue:
+    with make_queue(1) as queue:
         with pytest.raises(KeyboardInterrupt), interrupt_when(lambda: gate.wait_for(1)):
             numbers(queue, 1, lambda block: hold())[...]
         gate.open()
@@ -1350,7 +1350,7 @@ def closed_under_way(
 def crashing(make_queue: Make, backend: str, **_: Any) -> None:
     if backend != "processes":
         return
-    with make_queue() as queue:
+    with make_queue(1) as queue:
         with pytest.raises(ci.WorkerDiedError):
             numbers(queue, 1, lambda block: os._exit(1))[...]
         np.testing.assert_array_equal(numbers(queue)[...], range(4))

@@ -32,7 +32,7 @@ distributed = pytest.importorskip("distributed")
 Begin = Callable[..., Future[Any]]
 Until = Callable[[Callable[[], object]], None]
 
-PATIENCE_S = 60
+PATIENCE_S = 20
 """What takes longer hangs."""
 
 CELL = (4, 4)
@@ -630,7 +630,7 @@ def test_what_was_under_way_when_its_source_changed_is_not_held(
 
     def waits(block: ci.Block) -> None:
         array = block.inputs[0].copy()
-        if block.index < 2:
+        if block.index == 0:
             hold()
         block.data[...] = array
 
@@ -639,12 +639,12 @@ def test_what_was_under_way_when_its_source_changed_is_not_held(
     if depth == 2:
         image = ci.map_cells(lambda a: a + 0, below, dtype=int, queue=queue)
     before = begin(lambda: image[...])
-    gate.wait_for(2)
+    gate.wait_for(1)
     source[...] = 1
     below.invalidate()
-    gate.open(2)
+    gate.open(1)
     assert set(before.result(PATIENCE_S)) <= {0}
-    gate.open(2)
+    gate.open(1)
     np.testing.assert_array_equal(image[...], np.ones(8))
     forget_here(image, below)
     np.testing.assert_array_equal(image[...], np.ones(8))
@@ -697,19 +697,21 @@ def test_what_somebody_looks_at_goes_before_what_is_fetched_in_advance(
     def looked_at(block: ci.Block) -> None:
         add("foreground")
 
+    image = numbers(queue, 7, looked_at)
+    image.load(6)
     background = numbers(queue, 30, in_advance).prefetch()
     gate.wait_for(2)
-    foreground = begin(lambda: numbers(queue, 6, looked_at)[...])
-    until(lambda: len(cells_known(client)) == 36)
+    foreground = begin(lambda: image[:6])
+    until(lambda: len(cells_known(client)) == 37)
     gate.open()
     foreground.result(PATIENCE_S)
     background.result(PATIENCE_S)
-    assert counts(log) == {"background": 30, "foreground": 6}
+    assert counts(log) == {"background": 30, "foreground": 7}
     for words in log.by_process().values():
         if "foreground" in words:
-            # What a worker had begun, and what it had been given already, goes first.
+            # A worker has begun some, and was given some already.
             last = len(words) - words[::-1].index("foreground")
-            assert words[:last].count("background") <= 3
+            assert words[:last].count("background") <= 6
 
 
 def interrupt_when(condition: Callable[[], None]) -> threading.Thread:
@@ -736,18 +738,19 @@ def test_an_interrupted_read_cancels_what_nobody_else_waits_for(
 
     image = numbers(queue, 20, fill)
     other = begin(lambda: image[18:20])
-    gate.wait_for(2)
-    # Now the workers are busy, and the rest waits.
+    gate.wait_for(1)
     thread = interrupt_when(lambda: until(lambda: len(cells_known(client)) == 20))
     with pytest.raises(KeyboardInterrupt):
         image[...]
     thread.join()
-    until(lambda: len(cells_known(client)) == 2)
+    until(lambda: {key[1] for key in cells_known(client)} == {18, 19})
     gate.open()
     np.testing.assert_array_equal(other.result(PATIENCE_S), [18, 19])
-    assert counts(log) == once({"18", "19"})
+    assert counts(log)["18"] == counts(log)["19"] == 1
+    # One more that was under way, at most, and one that its worker had been given.
+    assert len(log.lines()) <= 4
     np.testing.assert_array_equal(image[...], range(20))
-    assert counts(log) == once(set(map(str, range(20))))
+    assert counts(log)["18"] == counts(log)["19"] == 1
 
 
 def test_a_read_that_fails_cancels_what_nobody_else_waits_for(
@@ -759,8 +762,6 @@ def test_a_read_that_fails_cancels_what_nobody_else_waits_for(
     until: Until,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Two cells fail or not while two more were submitted already.
-    monkeypatch.setattr(implementation, "_WAVE_TASKS", 2)
     first, second = make_gate(), make_gate()
     add, hold_all, hold = log.add, first.hold, second.hold
 
@@ -778,19 +779,21 @@ def test_a_read_that_fails_cancels_what_nobody_else_waits_for(
     blocking = numbers(queue, 10, lambda block: hold_all())
     busy = begin(lambda: blocking[...])
     first.wait_for(2)
+    # One of two cells fails while two more were submitted already.
+    monkeypatch.setattr(implementation, "_WAVE_TASKS", 2)
     image = numbers(queue, 4, fill)
     other = begin(lambda: image[3:4])
     until(lambda: fills() == {3})
     fails = begin(lambda: image[...])
     until(lambda: fills() == {0, 1, 2, 3})
     first.open()
-    busy.result(PATIENCE_S)
     second.wait_for(1)
     with pytest.raises(ci.BlockError, match="no model"):
         fails.result(PATIENCE_S)
     until(lambda: not {1, 2} & fills())
     second.open()
     assert other.result(PATIENCE_S) == [3]
+    busy.result(PATIENCE_S)
     np.testing.assert_array_equal(image[2:], [2, 3])
     assert counts(log)["3"] == 1
 
@@ -1263,7 +1266,7 @@ def test_the_client_closed_while_somebody_reads(
 
     image = numbers(queue, 3, fill)
     read = begin(lambda: image[...])
-    gate.wait_for(2)
+    gate.wait_for(1)
     client.close()
     gate.open()
     for trial in (read, begin(lambda: image[...]), begin(lambda: numbers(queue, 100)[...])):
@@ -1284,7 +1287,7 @@ def test_a_queue_with_a_client_of_its_own_closed_while_somebody_reads(
 
     image = numbers(queue, 3, fill)
     read = begin(lambda: image[...])
-    gate.wait_for(2)
+    gate.wait_for(1)
     queue.close()
     gate.open()
     with pytest.raises(ci.QueueClosedError):
