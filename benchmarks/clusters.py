@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
-from time import perf_counter, process_time
+from time import perf_counter, process_time, sleep
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ def _measure(
     rows = count // COLUMNS
     assert np.array_equal(compute(2)[0], _expected(2))
     gc.collect()
-    scheduler, sent = client.run_on_scheduler(_scheduler_so_far), client.scheduler_comm.byte_count
+    scheduler, sent = _settled(client), client.scheduler_comm.byte_count
     memory, cpu, began = memory_now(), process_time(), perf_counter()
     out, held, submit_s = compute(rows)
     seconds, cpu = perf_counter() - began, process_time() - cpu
@@ -124,6 +124,18 @@ def _measure(
         # The kernel counts a little late.
         "peak_mib": max(peak, left) / MIB,
     }
+
+
+def _settled(client: Any) -> dict[str, float]:
+    """Return what the scheduler has used and sent, once it sends no more: it frees keys late."""
+    found = client.run_on_scheduler(_scheduler_so_far)
+    for _ in range(100):
+        before = found["sent"]
+        sleep(0.1)
+        found = client.run_on_scheduler(_scheduler_so_far)
+        if found["sent"] == before:
+            break
+    return found
 
 
 def _scheduler_so_far(dask_scheduler: Any) -> dict[str, float]:
@@ -169,15 +181,15 @@ def _copies_of_params(client: Any, queue: ci.BlockQueue, count: int) -> dict[str
     """Return how often a parameter of 1 MiB travels with so many cells."""
     rows = count // COLUMNS
     table = np.random.default_rng(7).integers(0, 255, MIB, np.uint8)
-    sent = []
+    sent, images = [], []
     for params in ({}, {"table": table}):
-        scheduler = client.run_on_scheduler(_scheduler_so_far)["sent"]
-        own = client.scheduler_comm.byte_count
+        scheduler, own = _settled(client)["sent"], client.scheduler_comm.byte_count
         out, img = _read(queue, rows, kept=False, params=params)
         assert np.array_equal(out, _expected(rows))
-        own = client.scheduler_comm.byte_count - own
-        sent.append((own, client.run_on_scheduler(_scheduler_so_far)["sent"] - scheduler))
-        del img
+        # Held, so that nothing of one is released while the other is counted.
+        images.append(img)
+        after = _settled(client)["sent"]
+        sent.append((client.scheduler_comm.byte_count - own, after - scheduler))
     (own, scheduler), (own_with, scheduler_with) = sent
     return {
         "params_sent": (own_with - own) / table.nbytes,

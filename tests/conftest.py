@@ -108,8 +108,12 @@ def _no_leaks(_segments: set[str]):
     left = [
         thread
         for thread in threading.enumerate()
-        if thread not in threads and thread.is_alive() and not _belongs_to_a_pool(thread)
+        if thread not in threads and not _belongs_to_a_pool(thread)
     ]
+    for thread in left:
+        # One that was just told to end is given the time.
+        thread.join(5)
+    left = [thread for thread in left if thread.is_alive()]
     assert not left, f"threads left running: {left}"
     assert not _existing(_segments) - segments, "shared memory left"
     left_processes = {pid: what for pid, what in _children().items() if pid not in processes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def plan(spec: Path, changes: tuple[str, ...]) -> None:
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {value}")
     if slurm is not None:
-        with _slurm(slurm) as cluster:
+        with _slurm(slurm, start=False) as cluster:
             click.echo(f"\n{cluster.job_script()}")
 
 
@@ -257,7 +258,7 @@ def _queue(spec: RunSpec) -> Iterator[ci.BlockQueue | None]:
         backend: Any = wanted.backend
         extra: dict[str, Any] = {}
         if wanted.slurm is not None:
-            backend = stack.enter_context(_slurm(wanted.slurm))
+            backend = stack.enter_context(_slurm(wanted.slurm, start=True))
         if wanted.slurm is not None or "://" in wanted.backend:
             extra = {
                 "resources": wanted.resources,
@@ -271,17 +272,23 @@ def _queue(spec: RunSpec) -> Iterator[ci.BlockQueue | None]:
 
 
 @contextmanager
-def _slurm(spec: SlurmSpec) -> Iterator[Any]:
+def _slurm(spec: SlurmSpec, *, start: bool) -> Iterator[Any]:
+    handler = signal.getsignal(signal.SIGINT)
     dask_jobqueue: Any = require("dask_jobqueue", "cluster")
+    # Importing it makes Ctrl-C end the process, without a word on how to carry on.
+    signal.signal(signal.SIGINT, handler)
+    # Several runs on one machine do not fight for the port of the dashboard.
+    options = {"scheduler_options": {"dashboard_address": ":0"}, **spec.options}
     with dask_jobqueue.SLURMCluster(
         cores=spec.cores,
         memory=spec.memory,
         processes=spec.processes,
         walltime=spec.walltime,
         queue=spec.queue,
-        **spec.options,
+        **options,
     ) as cluster:
-        cluster.scale(jobs=spec.jobs)
+        if start:
+            cluster.scale(jobs=spec.jobs)
         yield cluster
 
 

@@ -291,16 +291,21 @@ class _Helper(_Worker):
                 self._context.run(self._help)
         finally:
             mine.busy = False
-            self._crew._dismiss(self)
-            self._left.set()
+            self._end()
 
     def leave(self) -> None:
         """Wait until the thread has left the job; not at all if it never came."""
         with self._lock:
-            if not self._came:
-                self._crew._dismiss(self)
-                self._left.set()
+            if not self._came and not self._left.is_set():
+                self._end()
         self._left.wait()
+
+    def _end(self) -> None:
+        self._crew._dismiss(self)
+        # Who waited may look at once whether somebody still holds what the job was about, and
+        # the thread, or the list of its tasks, still holds this.
+        del self._job, self._context, self._flight
+        self._left.set()
 
     def _help(self) -> None:
         if not self._crew.spare_tiny:
