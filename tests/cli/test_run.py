@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -457,13 +458,17 @@ def test_a_plan_of_a_million_cells_looks_at_a_few(run, write, monkeypatch):
 
 
 def test_a_plan_shows_the_job_script_of_a_cluster(run, write):
-    pytest.importorskip("dask_jobqueue")
+    # Not imported here: that would take Ctrl-C away from the tests after this one.
+    if importlib.util.find_spec("dask_jobqueue") is None:
+        pytest.skip("dask-jobqueue is not installed")
+    before = signal.getsignal(signal.SIGINT)
     slurm = {"jobs": 2, "cores": 4, "memory": "8GB", "walltime": "00:10:00", "queue": "short"}
     write(queue={"slurm": slurm})
     planned = run("plan", "spec.yaml")
     assert planned.exit_code == 0, planned.output
     assert "#SBATCH -p short" in planned.stdout
     assert "#SBATCH --cpus-per-task=4" in planned.stdout
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # ---------------------------------------------------------------- status
