@@ -9,15 +9,13 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
-from dataclasses import dataclass
 from itertools import count
-from math import ceil, prod
+from math import ceil
 from time import monotonic, perf_counter, sleep
 from typing import Any, NoReturn
 from uuid import uuid4
 
 import cloudpickle
-import numpy as np
 from dask.task_spec import Task, TaskRef
 from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
@@ -34,10 +32,19 @@ from cellimg_dask.blocks.errors import (
 from cellimg_dask.geometry import as_int
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.running import INTERACTIVE, priority
+from cellimg_dask.queues.batches import (
+    BatchResult,
+    batch_key,
+    cut,
+    places_of,
+    run_batch,
+    without_error,
+)
 from cellimg_dask.queues.connect import connect, is_local
-from cellimg_dask.queues.held import Held, handle, is_dead, release
+from cellimg_dask.queues.held import Held, Taken, handle, is_dead, release
 from cellimg_dask.queues.here import Arrived
-from cellimg_dask.queues.tasks import CellCall, CellLayer, chunk_tasks, fit_cache, stages_of
+from cellimg_dask.queues.requests import Batch, Image, Other, Portion, Request, release_all
+from cellimg_dask.queues.tasks import CellCall, CellLayer, chunk_tasks, dask_name, stages_of
 
 __all__ = ["ClusterCells"]
 
@@ -48,9 +55,14 @@ _WAVE_TASKS = 512
 _FEW_CELLS = 64
 # A cell that takes longer is worth the half millisecond and more that a key costs the scheduler.
 _WORTH_A_KEY_S = 2e-3
+# So many cells show what a cell takes.
+_PROBE = 8
 _BATCH_S = 50e-3
-_FIRST_BATCH = 8
-_LARGEST_BATCH = 1000
+_LARGEST_BATCH = 2500
+# A batch that takes longer leaves the rest of its cells to others.
+_LONGEST_BATCH_S = 4 * _BATCH_S
+# Under this name the scheduler keeps what cells take.
+_METADATA = "cellimg_dask-seconds"
 # So often a read that waits looks whether there still is somebody to wait for.
 _LOOK_EVERY_S = 1.0
 # So often a queue that is made looks whether workers have come.
@@ -96,7 +108,7 @@ class ClusterCells:
         self._timeout_s = _checked_timeout(timeout_s)
         self.resources = _checked_resources(resources)
         self._closed = False
-        self._images: weakref.WeakKeyDictionary[CellLoader, _Image] = weakref.WeakKeyDictionary()
+        self._images: weakref.WeakKeyDictionary[CellLoader, Image] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._numbers = count()
         self.client, self._own_client = connect(backend, timeout_s=timeout_s, insecure=insecure)
@@ -201,31 +213,83 @@ class ClusterCells:
         """
         image = self._image(loader)
         todo = deque(indices)
-        threads = self._num_threads() if len(todo) > _FEW_CELLS else 1
-        requests: deque[_Request] = deque()
+        portions = self._portions(image, loader, todo)
+        requests: deque[Request] = deque()
         try:
-            # One request is computed while the results of the one before are fetched.
             while todo or requests:
-                while todo and len(requests) < 2:
-                    requests.append(self._request(image, loader, todo, threads))
-                yield from self._collect(image, loader, requests[0], threads)
-                suspects = requests[0].suspects
-                if suspects:
+                # One request is computed while the results of the one before are fetched.
+                while todo and len(requests) < 2 and not (requests and requests[0].is_probe):
+                    requests.append(self._request(image, loader, next(portions)))
+                yield from self._collect(image, loader, requests[0])
+                done = requests[0]
+                todo.extendleft(reversed(done.put_off))
+                if done.suspects:
                     # The scheduler blames every task that was assigned to a worker which died.
                     # Alone it shows whose fault it is.
                     todo.extend(index for request in requests for index in request.cells_left())
-                    _release_all(requests)
+                    release_all(requests)
                     self._let_errors_go()
-                    for index in suspects:
+                    for index in done.suspects:
                         yield from self._alone(loader, index)
                 else:
                     requests.popleft().release()
         except Exception:
-            _release_all(requests)
+            release_all(requests)
             self._let_errors_go()
             raise
         finally:
-            _release_all(requests)
+            release_all(requests)
+
+    def _portions(self, image: Image, loader: CellLoader, todo: deque[int]) -> Iterator[Portion]:
+        """Take off ``todo`` what is asked for together next.
+
+        Whoever asks for the same cells of the same cluster gets the same batches, and so the same
+        keys.
+        """
+        cell_bytes = max(1, _num_bytes(loader, todo[0])) if todo else 1
+        most = max(1, min(_WAVE_BYTES // cell_bytes, _WAVE_TASKS))
+
+        def off(count: int) -> list[int]:
+            return [todo.popleft() for _ in range(min(count, len(todo)))]
+
+        if len(todo) <= _FEW_CELLS or any(map(_fed, stages_of(loader))):
+            while True:
+                yield Portion(off(most))
+        threads = self._num_threads()
+        self._ask_what_a_cell_takes(image, loader)
+        if image.seconds is None or image.seconds < _WORTH_A_KEY_S:
+            probes = max(1, min(threads, len(todo) // max(_FEW_CELLS, 1)))
+            batches = [off(_PROBE) for _ in range(probes)]
+            # The other threads have something to do, too.
+            others = off(threads - probes)
+            yield Portion(others, list(filter(None, batches)), is_probe=image.seconds is None)
+        while image.seconds is not None and image.seconds < _WORTH_A_KEY_S:
+            size = min(
+                _LARGEST_BATCH,
+                ceil(_BATCH_S / max(image.seconds, 1e-6)),
+                _WAVE_BYTES // cell_bytes // threads,
+                # All threads have something to do, also at the end.
+                len(todo) // (2 * threads),
+            )
+            batches = [off(max(1, size)) for _ in range(2 * threads)]
+            yield Portion([], list(filter(None, batches)))
+        while True:
+            yield Portion(off(most))
+
+    def _ask_what_a_cell_takes(self, image: Image, loader: CellLoader) -> None:
+        """Learn from the scheduler what somebody else has measured."""
+        if image.seconds is None:
+            try:
+                image.seconds = self.client.get_metadata([_METADATA, dask_name(loader)], None)
+            except Exception as error:
+                self._fail(error)
+
+    def _tell_what_a_cell_takes(self, image: Image, loader: CellLoader, seconds: float) -> None:
+        image.seconds = seconds
+        try:
+            self.client.set_metadata([_METADATA, dask_name(loader)], seconds)
+        except Exception as error:
+            self._fail(error)
 
     def forget(self, loader: CellLoader, indices: Collection[int]) -> None:
         """Release the cells among ``indices``, because they are outdated."""
@@ -244,11 +308,11 @@ class ClusterCells:
         if self._own_client:
             self.client.close()
 
-    def _image(self, loader: CellLoader) -> _Image:
+    def _image(self, loader: CellLoader) -> Image:
         with self._lock:
             image = self._images.get(loader)
             if image is None:
-                image = self._images[loader] = _Image(next(self._numbers), loader.edition)
+                image = self._images[loader] = Image(next(self._numbers), loader.edition)
                 weakref.finalize(loader, _forget_image, self.held, image).atexit = False
         mine = loader.queue is not None and loader.queue.cells is self
         if not mine and image.edition != loader.edition:
@@ -258,40 +322,23 @@ class ClusterCells:
             self.held.forget(image.number)
         return image
 
-    def _request(
-        self, image: _Image, loader: CellLoader, todo: deque[int], threads: int
-    ) -> _Request:
-        """Submit the next cells of ``todo``."""
+    def _request(self, image: Image, loader: CellLoader, portion: Portion) -> Request:
+        """Submit cells."""
         if self._closed:
             raise QueueClosedError("the queue is closed")
-        cell_bytes = max(1, loader.grid.cell(todo[0]).roi.size * loader.dtype.itemsize)
-        most = max(1, min(_WAVE_BYTES // cell_bytes, _WAVE_TASKS))
-        if len(todo) > _FEW_CELLS and image.cheap and not any(map(_fed, stages_of(loader))):
-            if image.seconds is None:
-                size = _FIRST_BATCH
-            else:
-                size = ceil(_BATCH_S / max(image.seconds, 1e-6))
-            size = min(size, _LARGEST_BATCH, max(1, _WAVE_BYTES // cell_bytes // threads))
-            # All threads have something to do, also at the end.
-            size = max(1, min(size, len(todo) // (2 * threads)))
-            batches: list[list[int]] = []
-            while todo and len(batches) < 2 * threads:
-                batches.append([todo.popleft() for _ in range(min(size, len(todo)))])
-            return self._submit_batches(image, loader, batches)
-        if image.seconds is None:
-            # Enough to see whether they are cheap.
-            most = min(most, max(4 * threads, _FEW_CELLS))
-        cells = [todo.popleft() for _ in range(min(most, len(todo)))]
-        return self._submit_cells(image, loader, cells)
+        request = self._submit_cells(image, loader, portion.cells)
+        request.is_probe = portion.is_probe
+        if portion.batches:
+            self._submit_batches(image, loader, portion.batches, request)
+        return request
 
-    def _submit_cells(self, image: _Image, loader: CellLoader, cells: list[int]) -> _Request:
+    def _submit_cells(self, image: Image, loader: CellLoader, cells: list[int]) -> Request:
         # Noted before anything is named or sent: what is outdated from now on is not kept.
         images = {item: self._image(item) for item in loader.ancestry()}
         generations = {item: self.held.generation(images[item].number) for item in images}
-        request = _Request(generations[loader])
-        request.cells = self._take(image, cells)
+        request = Request(generations[loader])
+        request.cells, parts = self._take(image, cells, request)
         missing = [index for index in cells if index not in request.cells]
-        request.num_computed = len(missing)
         if not missing:
             return request
         stages = stages_of(loader)
@@ -299,14 +346,27 @@ class ClusterCells:
 
         def held(key: Any) -> Any:
             above = loaders[key[0]]
-            found = list(self._take(images[above], [above.grid.index(key[1:])]).values())
+            index = above.grid.index(key[1:])
+            whole, parts = self._take(images[above], [index], request)
             # Not released before the scheduler knows who needs it.
-            request.uses += found
-            return found[0].key if found else None
+            request.uses += whole.values()
+            if index in parts:
+                return self._cut(key, index, parts[index])
+            return whole[index].key if whole else None
 
         name = stages[-1][0]
-        keys = {(name, *loader.grid.position(index)): index for index in missing}
-        tasks = CellLayer(stages, elsewhere=True).tasks(keys, held)
+        keys: dict[Any, int] = {(name, *loader.grid.position(index)): index for index in missing}
+        # What is in the batches that are held is taken out of them, and has a key from now on.
+        tasks: dict[Any, Any] = {
+            key: self._cut(key, index, parts[index])
+            for key, index in keys.items()
+            if index in parts
+        }
+        computed = [key for key in keys if key not in tasks]
+        layer = CellLayer(stages, elsewhere=True)
+        tasks |= layer.tasks(computed, held)
+        for cut_from in {key[0] for key, task in tasks.items() if getattr(task, "func", 0) is cut}:
+            tasks[f"{cut_from}-definition"] = layer[f"{cut_from}-definition"]
         self._use_definitions(request, {key: images[item] for key, item in loaders.items()}, tasks)
         # Cells upstream are held as well: the neighbours of these cells need them again. From the
         # first image down.
@@ -323,37 +383,66 @@ class ClusterCells:
                 above = loaders[key[0]]
                 index = above.grid.index(key[1:])
                 number, generation = images[above].number, generations[above]
-                request.others.append(_Other(above, index, number, generation, future))
+                request.others.append(Other(above, index, number, generation, future))
         return request
 
-    def _take(self, image: _Image, indices: Collection[int]) -> dict[int, Any]:
-        """Return handles of the cells that are held."""
-        found, dead = self.held.take(image.number, indices)
+    def _take(
+        self, image: Image, indices: Collection[int], request: Request
+    ) -> tuple[dict[int, Any], dict[int, Taken]]:
+        """Return handles of the cells that are held, and the batches that others are in."""
+        whole: dict[int, Any] = {}
+        parts: dict[int, Taken] = {}
+        for found in self._taken(image, indices):
+            if None in found.places.values():
+                whole.update(dict.fromkeys(found.places, found.future))
+            else:
+                parts.update(dict.fromkeys(found.places, found))
+                request.uses.append(found.future)
+        return whole, parts
+
+    @staticmethod
+    def _cut(key: tuple[Any, ...], index: int, batch: Taken) -> Task:
+        definition = TaskRef(f"{key[0]}-definition")
+        return Task(key, cut, TaskRef(batch.future.key), definition, index, batch.places[index])
+
+    def _taken(self, image: Image, indices: Collection[int]) -> list[Taken]:
+        taken, dead = self.held.take(image.number, indices)
         if dead:
             release(dead)
             self._let_errors_go()
-        return found
+        return taken
 
     def _submit_batches(
-        self, image: _Image, loader: CellLoader, batches: list[list[int]]
-    ) -> _Request:
-        request = _Request()
+        self, image: Image, loader: CellLoader, batches: Sequence[list[int]], request: Request
+    ) -> None:
         stages = stages_of(loader)
         (name, _, _) = stages[-1]
         layer = CellLayer(stages, elsewhere=True)
         definition = f"{name}-definition"
         tasks: dict[Any, Any] = {definition: layer[definition]}
-        self._use_definitions(request, {name: image}, tasks)
-        keys = []
+        new = []
         for batch in batches:
-            key = f"{name}-batch-{uuid4()}"
-            tasks[key] = Task(key, _run_batch, TaskRef(definition), batch)
-            keys.append(key)
-        request.batches = deque(zip(batches, self._get(tasks, keys), strict=True))
-        return request
+            missing = set(batch)
+            for found in self._taken(image, batch):
+                missing.difference_update(found.places)
+                if None in found.places.values():
+                    request.cells.update(dict.fromkeys(found.places, found.future))
+                else:
+                    request.batches.append(Batch(list(found.places), found))
+            if missing:
+                cells = [index for index in batch if index in missing]
+                key = batch_key(name, cells)
+                tasks[key] = Task(key, run_batch, TaskRef(definition), cells, _LONGEST_BATCH_S)
+                new.append((key, cells))
+        if new:
+            self._use_definitions(request, {name: image}, tasks)
+            futures = self._get(tasks, [key for key, _ in new])
+            for future, (_, cells) in zip(futures, new, strict=True):
+                places = places_of(loader.grid, cells)
+                request.batches.append(Batch(cells, Taken(future, places), is_new=True))
 
     def _use_definitions(
-        self, request: _Request, images: Mapping[str, _Image], tasks: dict[Any, Any]
+        self, request: Request, images: Mapping[str, Image], tasks: dict[Any, Any]
     ) -> None:
         """Send the definitions of images once, and hold them as long as the image lives."""
         for name, image in images.items():
@@ -397,65 +486,94 @@ class ClusterCells:
     # ------------------------------------------------------------------ results
 
     def _collect(
-        self, image: _Image, loader: CellLoader, request: _Request, threads: int
+        self, image: Image, loader: CellLoader, request: Request
     ) -> Iterator[tuple[int, NDArray[Any], float]]:
         """Yield the cells of a request, until one of them is suspected to kill workers."""
-        if request.batches:
-            yield from self._collect_batches(image, loader, request)
-            return
-        began = perf_counter()
-        values = self._finished(request.cells)
-        wall = perf_counter() - began
-        if image.seconds is None and request.num_computed >= _FEW_CELLS:
-            # Also the time of the scheduler and of the way here; batches will tell more.
-            image.cheap = wall * threads < 5 * _WORTH_A_KEY_S * request.num_computed
-        self._hold(image, loader, request, values)
-        for index, future in request.cells.items():
-            if is_dead(future):
-                request.suspects[index] = self._killed(loader, index, request, future)
-        each = wall / max(1, len(values))
-        for index in list(values):
-            yield index, values.pop(index), each
+        if request.cells:
+            began = perf_counter()
+            values = self._finished(request.cells)
+            each = (perf_counter() - began) / max(1, len(values))
+            self._hold(image, loader, request, values)
+            for index, future in request.cells.items():
+                if is_dead(future):
+                    request.suspects[index] = self._killed(loader, index, request, future)
+            for index in list(values):
+                yield index, values.pop(index), each
+        while request.batches and not request.suspects:
+            yield from self._collect_batch(image, loader, request, request.batches[0])
 
     def _hold(
-        self, image: _Image, loader: CellLoader, request: _Request, cells: Iterable[int]
+        self, image: Image, loader: CellLoader, request: Request, cells: Iterable[int]
     ) -> None:
         """Hold what is there of a request: some of its cells, and cells upstream."""
         others, request.others = request.others, []
         for other in others:
             if other.future.status == "finished":
                 nbytes = _num_bytes(other.loader, other.index)
-                self.held.keep(other.number, other.index, other.future, nbytes, other.generation)
+                self.held.keep(
+                    other.number, other.future, {other.index: None}, nbytes, other.generation
+                )
             else:
                 other.future.release()
         for index in cells:
             future = request.cells.pop(index)
             nbytes = _num_bytes(loader, index)
-            self.held.keep(image.number, index, future, nbytes, request.generation)
+            self.held.keep(image.number, future, {index: None}, nbytes, request.generation)
 
-    def _collect_batches(
-        self, image: _Image, loader: CellLoader, request: _Request
+    def _collect_batch(
+        self, image: Image, loader: CellLoader, request: Request, batch: Batch
     ) -> Iterator[tuple[int, NDArray[Any], float]]:
-        while request.batches:
-            batch, future = request.batches[0]
-            found = self._finished({0: future})
-            if not found:
-                killed = self._killed(loader, batch[0], request, future)
-                request.suspects = dict.fromkeys(batch, killed)
-            request.batches.popleft()
-            future.release()
-            if not found:
-                return
-            flat, costs, errors = found.pop(0)
-            end = 0
-            for number, (index, cost) in enumerate(zip(batch, costs, strict=True)):
-                if number in errors:
-                    raise errors[number]
-                shape = loader.grid.cell(index).shape
-                begin, end = end, end + prod(shape)
-                yield index, flat[begin:end].reshape(shape), cost
-            image.seconds = sum(costs) / len(batch)
-            image.cheap = image.seconds < _WORTH_A_KEY_S
+        future, places = batch.taken
+        found = self._finished({0: future})
+        request.batches.popleft()
+        request.uses.append(future)
+        if not found:
+            killed = self._killed(loader, batch.cells[0], request, future)
+            request.suspects = dict.fromkeys(batch.cells, killed)
+            return
+        result: BatchResult = found.pop(0)
+        if batch.is_new:
+            self._hold_batch(image, loader, request, batch, result)
+        for index in batch.cells:
+            cell = result.get(places[index])
+            if cell is None:
+                request.put_off.append(index)
+            else:
+                yield index, cell, result.seconds
+        if request.put_off and not batch.is_new:
+            # Lost with its worker, and shorter since it was computed again.
+            self.held.lose(image.number, request.put_off)
+        if result.error is not None:
+            raise result.error
+
+    def _hold_batch(
+        self,
+        image: Image,
+        loader: CellLoader,
+        request: Request,
+        batch: Batch,
+        result: BatchResult,
+    ) -> None:
+        """Hold a batch that was computed, and learn from it what a cell takes."""
+        future, places = batch.taken
+        done = batch.cells[: result.num_cells]
+        if not done:
+            return
+        if result.error is not None:
+            # Nobody who asks for the same cells should get an old error.
+            key = batch_key(dask_name(loader), done)
+            (kept,) = self._get({key: Task(key, without_error, TaskRef(future.key))}, [key])
+        else:
+            kept = handle(future)
+            if request.is_probe or len(done) < len(batch.cells):
+                self._tell_what_a_cell_takes(image, loader, result.seconds)
+        held = {index: places[index] for index in done}
+        self.held.keep(image.number, kept, held, result.flat.nbytes, request.generation)
+        if result.error is None and result.seconds >= _WORTH_A_KEY_S:
+            # So that whoever asks for some of them finds them.
+            keyed = self._submit_cells(image, loader, done)
+            self._hold(image, loader, keyed, done)
+            keyed.release()
 
     def _alone(self, loader: CellLoader, index: int) -> Iterator[tuple[int, NDArray[Any], float]]:
         """Yield a cell, computed while nothing else is under way.
@@ -469,7 +587,7 @@ class ClusterCells:
         request = self._submit_cells(image, loader, [index])
         above = [(other.loader, other.index) for other in request.others]
         try:
-            yield from self._collect(image, loader, request, 1)
+            yield from self._collect(image, loader, request)
         finally:
             request.release()
         if not request.suspects:
@@ -489,7 +607,7 @@ class ClusterCells:
         ) from killed
 
     def _killed(
-        self, loader: CellLoader, index: int, request: _Request, future: Any
+        self, loader: CellLoader, index: int, request: Request, future: Any
     ) -> KilledWorker:
         """Return the scheduler's word that a worker died; raise if a cell failed otherwise."""
         for needed in request.uses:
@@ -570,65 +688,6 @@ class ClusterCells:
         raise error
 
 
-class _Image:
-    """What the client knows of an image on the cluster."""
-
-    def __init__(self, number: int, edition: int) -> None:
-        self.number = number
-        self.edition = edition
-        """That of which cells are held."""
-        self.definition: list[Any] = []
-        """Future of the image's definition, if it was sent."""
-        self.seconds: float | None = None
-        """What a cell takes, as measured in batches."""
-        self.cheap = False
-        """Whether cells are worth no keys."""
-
-
-@dataclass(frozen=True)
-class _Other:
-    """A cell upstream that is computed for a request."""
-
-    loader: CellLoader
-    index: int
-    number: int
-    """Of the image."""
-    generation: int
-    future: Any
-
-
-class _Request:
-    """Cells that were submitted together, and the handles that keep them wanted."""
-
-    def __init__(self, generation: int = 0) -> None:
-        self.generation = generation
-        """Of the image's held cells, when this was submitted."""
-        self.cells: dict[int, Any] = {}
-        """Futures of cells with a task of their own."""
-        self.batches: deque[tuple[list[int], Any]] = deque()
-        """Cells that share a task, and its future."""
-        self.others: list[_Other] = []
-        self.uses: list[Any] = []
-        """Handles of what the tasks need and is there already, or was sent before."""
-        self.suspects: dict[int, KilledWorker] = {}
-        """Cells that the scheduler blames for the death of workers."""
-        self.num_computed = 0
-        """How many of the cells were not held."""
-
-    def cells_left(self) -> list[int]:
-        """Return the cells of which nothing is known yet."""
-        single = [index for index in self.cells if index not in self.suspects]
-        return single + [index for batch, _ in self.batches for index in batch]
-
-    def release(self) -> None:
-        """Let go of what was not handed on; what nobody wants is cancelled."""
-        release(self.cells.values())
-        release(future for _, future in self.batches)
-        release(other.future for other in self.others)
-        release(self.uses)
-        self.cells, self.batches, self.others, self.uses = {}, deque(), [], []
-
-
 def _checked_timeout(timeout_s: object) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
         raise TypeError(f"timeout_s must be a number of seconds, got {timeout_s!r}")
@@ -676,12 +735,7 @@ def _packed(key: str, call: CellCall) -> Task:
     return Task(key, _unpack, name, packed)
 
 
-def _release_all(requests: deque[_Request]) -> None:
-    while requests:
-        requests.popleft().release()
-
-
-def _forget_image(held: Held, image: _Image) -> None:
+def _forget_image(held: Held, image: Image) -> None:
     held.abandon(image.number)
     release(image.definition)
 
@@ -700,32 +754,3 @@ def _unpack(name: str, packed: bytes) -> CellCall:
     except Exception as error:
         raise CellimgError(f"{name} cannot be read by the workers: {describe(error)}") from error
     return call
-
-
-def _run_batch(
-    call: CellCall, indices: list[int]
-) -> tuple[NDArray[Any], list[float], dict[int, Exception]]:
-    """Compute cells one after the other.
-
-    Returns
-    -------
-    flat : ndarray
-        The voxels of all cells in one axis: one message and not one for each.
-    costs : list of float
-        Seconds that each took.
-    errors : dict
-        What was raised, by number in ``indices``; such a cell has no voxels in ``flat``.
-    """
-    fit_cache()
-    voxels: list[NDArray[Any]] = []
-    costs: list[float] = []
-    errors: dict[int, Exception] = {}
-    for number, index in enumerate(indices):
-        began = perf_counter()
-        try:
-            voxels.append(call.past_cache(index).reshape(-1))
-        except Exception as error:
-            errors[number] = error
-        costs.append(perf_counter() - began)
-    flat = np.concatenate(voxels) if voxels else np.empty(0, call.loader.dtype)
-    return flat, costs, errors

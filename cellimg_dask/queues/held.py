@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-__all__ = ["Held", "handle", "is_dead", "release"]
+__all__ = ["Held", "Taken", "handle", "is_dead", "release"]
+
+
+class Taken(NamedTuple):
+    """A result that was held, and cells that are in it."""
+
+    future: Any
+    """A handle for whoever took it."""
+    places: Mapping[int, Any]
+    """Where in the result each cell is, as was said when it was kept; None: it is the result."""
+
+
+@dataclass(eq=False)
+class _Result:
+    """A result that is held: a cell, or several of one image."""
+
+    image: int
+    future: Any
+    nbytes: int
+    places: dict[int, Any]
 
 
 class Held:
     """Futures of cells, released in the order of last use when they exceed a number of bytes.
+
+    The result of a future is one cell or several of an image, which come and go together; a cell
+    that is forgotten alone is no longer found.
 
     Thread-safe. Whoever takes a future out gets a handle of its own, so that releasing the one
     that is held here does not cancel what somebody else waits for.
@@ -29,61 +52,76 @@ class Held:
         """Bytes of the results that are held."""
         self._closed = False
         self._lock = threading.Lock()
-        self._futures: OrderedDict[tuple[int, int], tuple[Any, int]] = OrderedDict()
-        self._cells: dict[int, set[int]] = {}
+        self._results: OrderedDict[_Result, None] = OrderedDict()
+        self._cells: dict[int, dict[int, _Result]] = {}
         self._generations: Counter[int] = Counter()
         self._gone: deque[int] = deque()
 
     def __len__(self) -> int:
-        return len(self._futures)
+        return sum(map(len, self._cells.values()))
 
     def generation(self, image: int) -> int:
         """Return how often cells of an image were forgotten, for `keep`."""
         with self._lock:
             return self._generations[image]
 
-    def take(self, image: int, indices: Collection[int]) -> tuple[dict[int, Any], list[Any]]:
-        """Return handles of the cells that are held, and what is of no use any more.
+    def take(self, image: int, indices: Collection[int]) -> tuple[list[Taken], list[Any]]:
+        """Return the results in which cells are, and what is of no use any more.
 
         The latter failed or was cancelled since, for instance because its worker was lost and
         it could not be computed again. It is no longer held, and is the caller's to release.
         """
-        found: dict[int, Any] = {}
         dead: list[Any] = []
         with self._lock:
+            cells = self._cells.get(image, {})
+            found: dict[_Result, dict[int, Any]] = {}
             for index in indices:
-                entry = self._futures.get((image, index))
-                if entry is None:
-                    continue
-                if is_dead(entry[0]):
-                    dead.append(self._drop(image, index))
+                result = cells.get(index)
+                if result is not None:
+                    found.setdefault(result, {})[index] = result.places[index]
+            taken = []
+            for result, places in found.items():
+                if is_dead(result.future):
+                    dead.append(self._drop(result))
                 else:
-                    self._futures.move_to_end((image, index))
-                    found[index] = handle(entry[0])
-        return found, dead
+                    self._results.move_to_end(result)
+                    taken.append(Taken(handle(result.future), places))
+        return taken, dead
 
-    def keep(self, image: int, index: int, future: Any, nbytes: int, generation: int) -> None:
+    def keep(
+        self, image: int, future: Any, places: Mapping[int, Any], nbytes: int, generation: int
+    ) -> None:
         """Hold a future, which belongs to this table from now on.
 
         It is released at once if cells of the image were forgotten since ``generation``: it may
-        have been computed from what has changed.
+        have been computed from what has changed. Cells that are held already are found in the
+        new result from now on.
+
+        Parameters
+        ----------
+        image : int
+            Number of the image.
+        future : distributed.Future
+            Its result has the cells.
+        places : mapping of int to object
+            Where in the result each cell is; for `take`.
+        nbytes : int
+            Of the result.
+        generation : int
+            Of the image, when the computation was asked for.
         """
         with self._lock:
             released = self._bury()
-            if (
-                self._closed
-                or nbytes > self.max_bytes
-                or self._generations[image] != generation
-                or (image, index) in self._futures
-            ):
+            if self._closed or nbytes > self.max_bytes or self._generations[image] != generation:
                 released.append(future)
             else:
-                self._futures[image, index] = future, nbytes
-                self._cells.setdefault(image, set()).add(index)
+                released += self._remove(image, places)
+                result = _Result(image, future, nbytes, dict(places))
+                self._results[result] = None
+                self._cells.setdefault(image, {}).update(dict.fromkeys(places, result))
                 self.bytes += nbytes
             while self.bytes > self.max_bytes:
-                oldest = next(iter(self._futures))
-                released.append(self._drop(*oldest))
+                released.append(self._drop(next(iter(self._results))))
         release(released)
 
     def forget(self, image: int, indices: Collection[int] | None = None) -> None:
@@ -99,7 +137,13 @@ class Held:
             else:
                 known = {index for index in known if index in indices}
         with self._lock:
-            released = self._drop_all(image, known)
+            released = self._remove(image, known)
+        release(released)
+
+    def lose(self, image: int, indices: Iterable[int]) -> None:
+        """Hold cells no more: they are not outdated, but not in their results either."""
+        with self._lock:
+            released = self._remove(image, indices)
         release(released)
 
     def abandon(self, image: int) -> None:
@@ -117,7 +161,7 @@ class Held:
         """Release everything, and hold nothing from now on."""
         with self._lock:
             self._closed = True
-            released = [self._drop(*cell) for cell in list(self._futures)]
+            released = [self._drop(result) for result in list(self._results)]
         release(released)
 
     # What follows expects the lock to be held.
@@ -126,21 +170,33 @@ class Held:
         released = []
         while self._gone:
             image = self._gone.popleft()
-            released += self._drop_all(image, list(self._cells.get(image, ())))
+            released += self._remove(image, list(self._cells.get(image, ())))
             del self._generations[image]
         return released
 
-    def _drop_all(self, image: int, indices: Iterable[int]) -> list[Any]:
-        return [self._drop(image, index) for index in indices if (image, index) in self._futures]
+    def _remove(self, image: int, indices: Iterable[int]) -> list[Any]:
+        """Remove cells; return the futures that have none left."""
+        released = []
+        cells = self._cells.get(image, {})
+        for index in indices:
+            result = cells.get(index)
+            if result is None:
+                continue
+            if len(result.places) == 1:
+                released.append(self._drop(result))
+            else:
+                del cells[index], result.places[index]
+        return released
 
-    def _drop(self, image: int, index: int) -> Any:
-        future, nbytes = self._futures.pop((image, index))
-        cells = self._cells[image]
-        cells.remove(index)
+    def _drop(self, result: _Result) -> Any:
+        del self._results[result]
+        cells = self._cells[result.image]
+        for index in result.places:
+            del cells[index]
         if not cells:
-            del self._cells[image]
-        self.bytes -= nbytes
-        return future
+            del self._cells[result.image]
+        self.bytes -= result.nbytes
+        return result.future
 
 
 def handle(future: Any) -> Any:

@@ -375,7 +375,8 @@ class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
     def tasks(self, keys: Iterable[Any], held: Callable[[Any], Any]) -> dict[Any, Any]:
         """Return the tasks that the wanted cells need.
 
-        ``held(key)`` gives the key under which a cell upstream is there already, or None.
+        ``held(key)`` gives the key under which a cell upstream is there already, a task that takes
+        it from there, or None.
         """
         wanted: dict[str, dict[Any, None]] = {name: {} for name in self._stages}
         for key in keys:
@@ -393,6 +394,8 @@ class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
                     there = held(above)
                     if there is None:
                         wanted[above[0]][above] = None
+                    elif isinstance(there, Task):
+                        tasks[above] = there
                     elif there != above:
                         # Computed before its image changed elsewhere, and named so.
                         tasks[above] = Task(above, _same, TaskRef(there))

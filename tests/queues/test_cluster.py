@@ -1101,11 +1101,171 @@ def test_many_cheap_cells_go_in_few_tasks(
     image = ci.map_cells(lambda a: a * 2 + 1, source, dtype=int, cell_shape=(2, 2), queue=queue)
     np.testing.assert_array_equal(image[...], source * 2 + 1)
     assert image.grid.num_cells == 2002
-    assert len(keys) < 1000
+    assert len(keys) < 50
     assert image.stats().loads == 2002
     assert all(image.peek(index) is not None for index in (0, 1000, 2001))
-    # What was looked at first, while the next was under way, and a small rest.
-    assert len(cells_known(client)) == len(held(queue)) <= 3 * 64
+    assert len(cells_known(client)) == 0
+    assert len(held(queue)) == 2002
+
+
+def test_batches_are_held_and_a_second_client_finds_them(
+    cluster: Any, make_queue: Any, few: int, log: Any, source: np.ndarray, expected: np.ndarray
+) -> None:
+    mine = maximum(log, source, make_queue())
+    np.testing.assert_array_equal(mine[...], expected)
+    forget_here(mine)
+    np.testing.assert_array_equal(mine[...], expected)
+    with connect(cluster) as second:
+        theirs = maximum(log, source, make_queue(second))
+        np.testing.assert_array_equal(theirs[...], expected)
+    assert counts(log) == once(set(map(str, range(64))))
+
+
+def test_parts_of_batches_are_found(
+    client: Any,
+    queue: ci.BlockQueue,
+    few: int,
+    log: Any,
+    source: np.ndarray,
+    expected: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = maximum(log, source, queue)
+    region = np.s_[0:24, 0:32]
+    np.testing.assert_array_equal(image[region], expected[region])
+    assert len(cells_known(client)) == 0
+    # Many cells, of which some are in batches; then a few, which have keys from now on.
+    forget_here(image)
+    np.testing.assert_array_equal(image[...], expected)
+    monkeypatch.setattr(implementation, "_FEW_CELLS", 64)
+    forget_here(image)
+    np.testing.assert_array_equal(image[4:12, 8:20], expected[4:12, 8:20])
+    assert len(cells_known(client)) == 6
+    # Another image can be made from them.
+    below = maximum(log, image, queue, (8, 8))
+    before = counts(log)
+    np.testing.assert_array_equal(below[8:24, 8:16], ndi.maximum_filter(expected, 3)[8:24, 8:16])
+    assert counts(log) - before == once(cells(below, np.s_[8:24, 8:16]))
+    assert before == once(set(map(str, range(64))))
+
+
+def test_a_change_costs_the_affected_cells_of_batches_only(
+    queue: ci.BlockQueue, few: int, log: Any, source: np.ndarray
+) -> None:
+    image = maximum(log, source, queue)
+    image[...]
+    source[16:18, 8:9] += 5000
+    image.invalidate(np.s_[16:18, 8:9])
+    gone = cells(image, np.s_[16:18, 8:9], 1)
+    assert len(held(queue)) == 64 - len(gone)
+    forget_here(image)
+    np.testing.assert_array_equal(image[...], ndi.maximum_filter(source, 3))
+    assert counts(log) == once(set(map(str, range(64)))) + once(gone)
+
+
+def test_a_lost_worker_costs_its_batches_only(
+    make_client: Any,
+    make_queue: Any,
+    few: int,
+    log: Any,
+    source: np.ndarray,
+    expected: np.ndarray,
+    until: Until,
+) -> None:
+    client = make_client()
+    image = maximum(log, source, make_queue(client, 2), cache=None)
+    np.testing.assert_array_equal(image[...], expected)
+    by_process = log.by_process()
+    (address, victim), _ = client.run(os.getpid).items()
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+    for _ in range(2):
+        np.testing.assert_array_equal(image[...], expected)
+    assert counts(log) == once(set(map(str, range(64)))) + Counter(by_process[victim])
+
+
+def test_batches_that_come_back_shorter(
+    make_client: Any,
+    make_queue: Any,
+    few: int,
+    make_log: Any,
+    tmp_path: Path,
+    until: Until,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lost with their worker and computed again, they may take longer and end earlier."""
+    client, slow = make_client(1), str(tmp_path / "slow")
+    monkeypatch.setattr(implementation, "_LONGEST_BATCH_S", 0.05)
+
+    def fill(block: ci.Block) -> None:
+        if os.path.exists(slow):  # noqa: PTH110 - what goes to a process is kept small
+            time.sleep(0.06)
+        block.data[...] = block.index
+
+    grid = ci.CellGrid((40,), 1)
+    image = ci.fill_cells(fill, grid, dtype=int, queue=make_queue(client), cache=None)
+    np.testing.assert_array_equal(image[...], range(40))
+    below = ci.map_cells(lambda a: a + 1, image, dtype=int, queue=image.loader.queue, cache=None)
+    Path(slow).touch()
+    ((address, victim),) = client.run(os.getpid).items()
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+    np.testing.assert_array_equal(below[14:17], range(15, 18))
+    np.testing.assert_array_equal(image[...], range(40))
+
+
+def test_a_batch_of_slow_cells_leaves_them_to_others(
+    client: Any, queue: ci.BlockQueue, few: int, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(implementation, "_LONGEST_BATCH_S", 0.0)
+    keys = submitted(queue, monkeypatch)
+    add = log.add
+
+    def fill(block: ci.Block) -> None:
+        add(block.index)
+        block.data[...] = block.index
+
+    image = numbers(queue, 60, fill)
+    for _ in range(2):
+        np.testing.assert_array_equal(image[...], range(60))
+        forget_here(image)
+    assert counts(log) == once(set(map(str, range(60))))
+    # Each ended after its second cell at the latest.
+    assert len(keys) >= 30
+
+
+def test_a_cell_that_fails_in_a_batch_is_tried_again_alone(
+    cluster: Any, make_queue: Any, few: int, log: Any, tmp_path: Path
+) -> None:
+    add, broken = log.add, tmp_path / "broken"
+    name = str(broken)
+
+    def fill(block: ci.Block) -> None:
+        add(block.index)
+        if block.index == 77 and os.path.exists(name):  # noqa: PTH110
+            raise OSError("the disk is full")
+        block.data[...] = block.index
+
+    image = numbers(make_queue(), 100, fill)
+    broken.touch()
+    with pytest.raises(ci.BlockError, match=r"cell \(77,\).*the disk is full"):
+        image[...]
+    # Of the batch with this cell, the ones before it, and whole batches before that.
+    before = set(map(str, range(77)))
+    assert counts(log)["77"] == 1
+    broken.unlink()
+    np.testing.assert_array_equal(image[...], range(100))
+    assert {index: n for index, n in counts(log).items() if index in before} == once(before)
+    broken.touch()
+    with connect(cluster) as second:
+        # Somebody else gets no old error, and one that is new.
+        theirs = numbers(make_queue(second), 100, fill)
+        del image
+        gc.collect()
+        with pytest.raises(ci.BlockError, match=r"cell \(77,\).*the disk is full"):
+            theirs[...]
+        broken.unlink()
+        np.testing.assert_array_equal(theirs[...], range(100))
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -1194,6 +1354,7 @@ def test_slow_cells_keep_keys_of_their_own(
         np.testing.assert_array_equal(image[...], range(40))
         ci.get_cache().clear()
     assert counts(log) == once(set(map(str, range(40))))
+    # Also those by which it was found out how slow they are.
     assert len(cells_known(client)) == 40
 
 

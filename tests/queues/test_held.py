@@ -43,15 +43,24 @@ def wanted(client: FakeClient) -> set[str]:
 
 def keep(held: Held, client: FakeClient, image: int, index: int, nbytes: int = 1) -> FakeFuture:
     future = FakeFuture(f"{image}-{index}", client)
-    held.keep(image, index, future, nbytes, held.generation(image))
+    held.keep(image, future, {index: None}, nbytes, held.generation(image))
+    return future
+
+
+def keep_batch(
+    held: Held, client: FakeClient, image: int, indices: Collection[int], nbytes: int = 1
+) -> FakeFuture:
+    future = FakeFuture(f"{image}-{sorted(indices)}", client)
+    places = {index: f"at {index}" for index in indices}
+    held.keep(image, future, places, nbytes, held.generation(image))
     return future
 
 
 def indices_held(held: Held, image: int, indices: Collection[int] = range(20)) -> set[int]:
-    found, dead = held.take(image, indices)
-    for future in (*found.values(), *dead):
+    taken, dead = held.take(image, indices)
+    for future in (*(found.future for found in taken), *dead):
         future.release()
-    return set(found)
+    return {index for found in taken for index in found.places}
 
 
 def test_a_handle_of_its_own_for_whoever_takes(client: FakeClient) -> None:
@@ -59,8 +68,9 @@ def test_a_handle_of_its_own_for_whoever_takes(client: FakeClient) -> None:
     kept = keep(held, client, 0, 1)
     taken, dead = held.take(0, [0, 1, 2])
     assert dead == []
-    assert list(taken) == [1]
-    assert taken[1] is not kept
+    ((future, places),) = taken
+    assert places == {1: None}
+    assert future is not kept
     assert client.handles == {"0-1": 2}
     held.forget(0)
     assert client.handles == {"0-1": 1}
@@ -100,11 +110,46 @@ def test_a_bound_of_nothing_holds_nothing(client: FakeClient) -> None:
     assert wanted(client) == set()
 
 
-def test_the_first_of_two_futures_of_a_cell_is_held(client: FakeClient) -> None:
+def test_the_last_of_two_futures_of_a_cell_is_held(client: FakeClient) -> None:
     held = Held(5)
     first = keep(held, client, 0, 0)
-    second = keep(held, client, 0, 0)
-    assert (first.released, second.released, held.bytes) == (False, True, 1)
+    second = keep(held, client, 0, 0, nbytes=2)
+    assert (first.released, second.released, held.bytes) == (True, False, 2)
+
+
+def test_cells_of_a_batch_are_found_with_their_places(client: FakeClient) -> None:
+    held = Held(20)
+    keep_batch(held, client, 0, [3, 5, 7], nbytes=9)
+    keep(held, client, 0, 4)
+    taken, dead = held.take(0, range(3, 7))
+    assert dead == []
+    assert {found.future.key: found.places for found in taken} == {
+        "0-[3, 5, 7]": {3: "at 3", 5: "at 5"},
+        "0-4": {4: None},
+    }
+    assert client.handles == {"0-[3, 5, 7]": 2, "0-4": 2}
+    assert (len(held), held.bytes) == (4, 10)
+
+
+def test_a_batch_goes_as_a_whole_when_there_is_no_room(client: FakeClient) -> None:
+    held = Held(10)
+    keep_batch(held, client, 0, [1, 2], nbytes=6)
+    keep(held, client, 0, 3, nbytes=5)
+    assert wanted(client) == {"0-3"}
+    assert (len(held), held.bytes) == (1, 5)
+
+
+def test_a_batch_is_released_with_its_last_cell(client: FakeClient) -> None:
+    held = Held(10)
+    batch = keep_batch(held, client, 0, [1, 2, 3], nbytes=6)
+    held.forget(0, [1])
+    # Computed alone meanwhile.
+    keep(held, client, 0, 2)
+    assert indices_held(held, 0) == {2, 3}
+    assert (batch.released, held.bytes) == (False, 7)
+    held.forget(0, [3, 9])
+    assert (batch.released, held.bytes) == (True, 1)
+    assert wanted(client) == {"0-2"}
 
 
 def test_what_was_submitted_before_cells_were_forgotten_is_not_kept(client: FakeClient) -> None:
@@ -112,7 +157,7 @@ def test_what_was_submitted_before_cells_were_forgotten_is_not_kept(client: Fake
     before = held.generation(0)
     held.forget(0, [7])
     future = FakeFuture("old", client)
-    held.keep(0, 1, future, 1, before)
+    held.keep(0, future, {1: None}, 1, before)
     assert wanted(client) == set()
     keep(held, client, 1, 1)
     assert wanted(client) == {"1-1"}, "another image has generations of its own"
@@ -173,9 +218,9 @@ def test_what_failed_meanwhile_is_handed_out_to_be_released(
     keep(held, client, 0, 1)
     dead.status = status
     found, gone = held.take(0, [0, 1])
-    assert list(found) == [1]
+    assert [taken.places for taken in found] == [{1: None}]
     assert gone == [dead]
-    assert held.take(0, [0]) == ({}, [])
+    assert held.take(0, [0]) == ([], [])
     assert held.bytes == 1
 
 
@@ -214,7 +259,12 @@ def test_a_closed_table_keeps_nothing(client: FakeClient) -> None:
 @given(
     steps=st.lists(
         st.one_of(
-            st.tuples(st.just("keep"), st.integers(0, 2), st.integers(0, 5), st.integers(0, 12)),
+            st.tuples(
+                st.just("keep"),
+                st.integers(0, 2),
+                st.sets(st.integers(0, 5), min_size=1),
+                st.integers(0, 12),
+            ),
             st.tuples(st.just("take"), st.integers(0, 2), st.integers(0, 5)),
             st.tuples(st.just("forget"), st.integers(0, 2), st.sets(st.integers(0, 5))),
             st.tuples(st.just("all"), st.integers(0, 2)),
@@ -223,27 +273,39 @@ def test_a_closed_table_keeps_nothing(client: FakeClient) -> None:
     )
 )
 def test_it_is_a_list_by_last_use_under_a_bound(steps: list[Any]) -> None:
-    client = FakeClient()
-    held, model = Held(10), dict[tuple[int, int], int]()
+    client, held = FakeClient(), Held(10)
+    # Results by last use: image, bytes, and the cells that are found in it.
+    model: dict[FakeFuture, tuple[int, int, set[int]]] = {}
+
+    def remove(image: int, indices: Collection[int]) -> None:
+        for future, (owner, _, cells) in list(model.items()):
+            if owner == image:
+                cells.difference_update(indices)
+                if not cells:
+                    del model[future]
+
     for what, image, *rest in steps:
         if what == "keep":
-            index, nbytes = rest
-            keep(held, client, image, index, nbytes)
+            cells, nbytes = rest
+            future = keep_batch(held, client, image, cells, nbytes)
             if nbytes <= 10:
-                model.setdefault((image, index), nbytes)
-            while sum(model.values()) > 10:
+                remove(image, cells)
+                model[future] = image, nbytes, set(cells)
+            while sum(nbytes for _, nbytes, _ in model.values()) > 10:
                 del model[next(iter(model))]
         elif what == "take":
             (index,) = rest
-            assert indices_held(held, image, [index]) == {index} & {
-                i for n, i in model if n == image
-            }
-            if (image, index) in model:
-                model[image, index] = model.pop((image, index))
+            found = [f for f, (n, _, cells) in model.items() if n == image and index in cells]
+            assert indices_held(held, image, [index]) == ({index} if found else set())
+            for future in found:
+                model[future] = model.pop(future)
         else:
-            for index in rest[0] if rest else range(6):
-                model.pop((image, index), None)
+            indices = rest[0] if rest else range(6)
+            remove(image, indices)
             held.forget(image, *rest)
-        assert wanted(client) == {f"{n}-{i}" for n, i in model}
-        assert held.bytes == sum(model.values()) <= 10
-        assert set(client.handles.values()) <= {0, 1}
+        for image in range(3):
+            cells_of = [cells for n, _, cells in model.values() if n == image]
+            assert set(held._cells.get(image, ())) == set().union(*cells_of)
+        assert wanted(client) == {future.key for future in model}
+        assert held.bytes == sum(nbytes for _, nbytes, _ in model.values()) <= 10
+        assert len(held) == sum(len(cells) for _, _, cells in model.values())
