@@ -201,7 +201,9 @@ class BlockQueue:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # Closed already perhaps because a block never ends, which would be waited for here.
+        if not self._closed:
+            self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):

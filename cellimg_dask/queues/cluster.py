@@ -181,8 +181,12 @@ class ClusterCells:
             return InitError(f"the worker at {address} died while init of the queue ran there")
 
         try:
+            deadline = monotonic() + self._timeout_s
             gathering = self._gather(futures)
             while not wait([gathering], _LOOK_EVERY_S).done:
+                if monotonic() > deadline and any(f.status != "pending" for f in futures.values()):
+                    # The others are busy with something else, and do it before their first task.
+                    break
                 there = self._workers()
                 for address, future in futures.items():
                     if address not in there and future.status == "pending":

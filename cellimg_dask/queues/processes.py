@@ -27,7 +27,7 @@ from cellimg_dask.loading.crew import Crew
 from cellimg_dask.queues.channel import Channel
 from cellimg_dask.queues.here import Entry, open_runners
 from cellimg_dask.queues.pool import Pool
-from cellimg_dask.queues.slots import Slots
+from cellimg_dask.queues.slots import Slot
 
 __all__ = ["ProcessBlocks"]
 
@@ -64,12 +64,13 @@ class ProcessBlocks:
         except Exception as error:
             raise InitError(f"init cannot be sent to a process: {error}") from error
         self._jobs = _Jobs()
-        self._slots = Slots()
+        # Twice as many, so that the next blocks are read and copied while all workers compute.
+        self._all_slots = [Slot(number) for number in range(2 * num_workers)]
+        self._slots = Pool(self._all_slots)
         self._workers = [_WorkerProcess(packed, self._jobs) for _ in range(num_workers)]
         self._pool = Pool(self._workers)
         self._init = init
         self._here: Entry | None = None
-        # Twice as many, so that the next blocks are read and copied while all workers compute.
         self.crew = Crew(2 * num_workers, spare_tiny=False)
         try:
             self._start()
@@ -113,31 +114,50 @@ class ProcessBlocks:
                     f"shared memory: give a dtype of fixed size, or use a queue of threads",
                 )
         with self._slots.lend() as slot:
-            wanted = [(array.shape, array.dtype) for array in inputs]
-            layout, (*places, result) = slot.lay_out([*wanted, (plan.shape, job.dtype)])
-            for place, array in zip(places, inputs, strict=True):
-                place[...] = array
-            with self._pool.lend() as worker:
-                try:
-                    worker.ensure()
-                    worker.teach(job, number)
-                    worker.ask("block", number, plan.index, slot.number, layout)
-                except (_DiedError, InitError) as error:
-                    if self._pool.closed:
-                        raise QueueClosedError("the queue was closed during this block") from None
-                    if isinstance(error, InitError):
-                        raise
-                    raise WorkerDiedError(
-                        job.function.name,
-                        plan.position,
-                        plan.roi,
-                        f"the worker process died ({error}) while it computed this cell; other "
-                        f"cells are not affected, and the next block gets a new worker",
-                    ) from None
-            if out is None:
-                return result.copy()
-            out[...] = result
-            return out
+            try:
+                result = self._apply_in(slot, job, number, plan, inputs)
+                if out is None:
+                    return result.copy()
+                out[...] = result
+                return out
+            except Exception:
+                raise
+            except BaseException:
+                # Interrupted: a worker that is about to be killed may still write there.
+                slot.remove()
+                raise
+
+    def _apply_in(
+        self,
+        slot: Slot,
+        job: BlockJob,
+        number: int,
+        plan: CellPlan,
+        inputs: tuple[NDArray[Any], ...],
+    ) -> NDArray[Any]:
+        """Have a worker compute a cell; return it as a view of the slot."""
+        wanted = [(array.shape, array.dtype) for array in inputs]
+        layout, (*places, result) = slot.lay_out([*wanted, (plan.shape, job.dtype)])
+        for place, array in zip(places, inputs, strict=True):
+            place[...] = array
+        with self._pool.lend() as worker:
+            try:
+                worker.ensure()
+                worker.teach(job, number)
+                worker.ask("block", number, plan.index, slot.number, layout)
+            except (_DiedError, InitError) as error:
+                if self._pool.closed:
+                    raise QueueClosedError("the queue was closed during this block") from None
+                if isinstance(error, InitError):
+                    raise
+                raise WorkerDiedError(
+                    job.function.name,
+                    plan.position,
+                    plan.roi,
+                    f"the worker process died ({error}) while it computed this cell; other "
+                    f"cells are not affected, and the next block gets a new worker",
+                ) from None
+        return result
 
     def close(self, wait_s: float | None) -> bool:
         """Turn away who waits, and end the processes; those that still compute are killed."""
@@ -151,7 +171,9 @@ class ProcessBlocks:
                 worker.hang_up()
             for worker in self._workers:
                 worker.end()
-            self._slots.remove()
+            self._slots.close()
+            for slot in self._all_slots:
+                slot.remove()
         self.crew.close()
         open_runners.discard(self)
         return True
@@ -165,7 +187,9 @@ class ProcessBlocks:
     @property
     def num_waiting(self) -> int:
         """How many blocks wait for a worker."""
-        return 0 if self._here is not None else self._pool.num_waiting
+        if self._here is not None:
+            return 0
+        return self._slots.num_waiting + self._pool.num_waiting
 
     @property
     def pids(self) -> list[int]:
@@ -248,7 +272,7 @@ class _WorkerProcess:
             self.end()
         self._process = subprocess.Popen(
             # Only text is looked at by Python itself.
-            [sys.executable, "-c", PROGRAM, *(path for path in sys.path if isinstance(path, str))],
+            [*_python(), "-c", PROGRAM, *(path for path in sys.path if isinstance(path, str))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -357,6 +381,12 @@ class _WorkerProcess:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _python() -> list[str]:
+    """Return the command that starts Python as this process was started."""
+    optimize = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []
+    return [sys.executable, *optimize, *(f"-W{option}" for option in sys.warnoptions)]
 
 
 def _unpacked(packed: bytes, text: str) -> BaseException:

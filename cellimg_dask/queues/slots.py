@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from math import prod
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -16,7 +13,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.state.segments import create_segment, remove_segment
 
-__all__ = ["Layout", "Slot", "Slots"]
+__all__ = ["Layout", "Slot"]
 
 _ALIGNMENT = 64
 
@@ -74,53 +71,3 @@ class Slot:
         segment, self._segment = self._segment, None
         if segment is not None:
             remove_segment(segment)
-
-
-class Slots:
-    """As many slots as there ever are borrowers at a time.
-
-    Thread-safe.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[Slot] = []
-        self._all: list[Slot] = []
-        self._numbers = count()
-        self._removed = False
-
-    @contextmanager
-    def lend(self) -> Iterator[Slot]:
-        """Lend a slot."""
-        slot = None
-        try:
-            with self._lock:
-                if self._free:
-                    slot = self._free[-1]
-                    self._free.pop()
-                else:
-                    slot = Slot(next(self._numbers))
-                    self._all.append(slot)
-            yield slot
-        except Exception:
-            raise
-        except BaseException:
-            # Interrupted: a worker that is about to be killed may still write there.
-            if slot is not None:
-                slot.remove()
-            raise
-        finally:
-            if slot is not None:
-                self._free.append(slot)
-                if self._removed:
-                    # Somebody was under way when the queue was closed.
-                    with self._lock:
-                        slot.remove()
-
-    def remove(self) -> None:
-        """Remove all segments."""
-        with self._lock:
-            self._removed = True
-            slots, self._all, self._free = self._all, [], []
-            for slot in slots:
-                slot.remove()

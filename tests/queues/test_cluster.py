@@ -1074,6 +1074,29 @@ def test_an_init_that_fails_is_an_error_at_construction(
         in_time(lambda: ci.BlockQueue(1, init, client))
 
 
+def test_a_worker_that_is_busy_with_something_else_runs_init_later(
+    make_client: Any, make_queue: Any, gate: Any, begin: Begin, log: Any
+) -> None:
+    client, hold = make_client(2), gate.hold
+    address = next(iter(client.scheduler_info(n_workers=-1)["workers"]))
+    busy = client.submit(hold, workers=[address], pure=False)
+    gate.wait_for(1)
+    init = log.code + "add('init')\n"
+    queue = begin(lambda: make_queue(client, 2, init, timeout_s=0.2)).result(PATIENCE_S)
+    assert counts(log) == {"init": 1}
+    gate.open()
+    busy.result(PATIENCE_S)
+
+    add = log.add
+
+    def fill(block: ci.Block) -> None:
+        add(os.getpid())
+        block.data[...] = block.index
+
+    np.testing.assert_array_equal(numbers(queue, 40, fill)[...], range(40))
+    assert counts(log)["init"] == 2
+
+
 # ---------------------------------------------------------------------------- batches
 
 

@@ -22,7 +22,6 @@ from cellimg_dask.loading.crew import Crew
 from cellimg_dask.queues.channel import Channel
 from cellimg_dask.queues.pool import Pool
 from cellimg_dask.queues.process_worker import _Server
-from cellimg_dask.queues.slots import Slots
 from cellimg_dask.state.segments import create_segment, is_removed, remove_segment
 
 Make = Callable[..., ci.BlockQueue]
@@ -138,20 +137,51 @@ def test_a_late_reply_is_not_taken_for_another_blocks(
     np.testing.assert_array_equal(numbers(queue, 9)[...], range(9))
 
 
-def test_a_segment_that_an_interrupted_worker_may_still_write_to_is_not_used_again() -> None:
-    slots = Slots()
-    wanted = [((4,), np.dtype(int))]
-    with slots.lend() as slot:
-        first, _ = slot.lay_out(wanted)
-    with slots.lend() as slot:
-        again, _ = slot.lay_out(wanted)
-    assert again.name == first.name
-    with pytest.raises(KeyboardInterrupt), slots.lend():
+@PROCESSES
+def test_a_segment_that_an_interrupted_worker_may_still_write_to_is_not_used_again(
+    make_queue: Any, monkeypatch: pytest.MonkeyPatch, footprint: Callable[[], dict[str, Any]]
+) -> None:
+    queue = make_queue(1)
+    image = numbers(queue)
+
+    def segments() -> set[str]:
+        image[...]
+        return set(footprint()["segments"])
+
+    image[...]
+    before = segments()
+    image.invalidate()
+
+    def interrupted(channel: Channel) -> None:
         raise KeyboardInterrupt
-    with slots.lend() as slot:
-        after, _ = slot.lay_out(wanted)
-    assert after.name != first.name
-    slots.remove()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            image[1]
+    left = set(footprint()["segments"])
+    assert left < before
+    image.invalidate()
+    np.testing.assert_array_equal(image[...], range(4))
+
+
+@PROCESSES
+def test_callers_do_not_take_more_segments_than_workers_need(
+    make_queue: Any, gate: Any, begin: Begin, footprint: Callable[[], dict[str, Any]]
+) -> None:
+    queue, hold = make_queue(2), gate.hold
+    before = set(footprint()["segments"])
+
+    def fill(block: ci.Block) -> None:
+        hold()
+        block.data[...] = block.index
+
+    image = ci.fill_cells(fill, ci.CellGrid((12,), 1), dtype=int, queue=queue)
+    reads = [begin(partial(image.load, index)) for index in range(12)]
+    gate.wait_for(2)
+    assert len(set(footprint()["segments"]) - before) <= 4
+    gate.open()
+    assert [int(read.result(PATIENCE_S)[0]) for read in reads] == list(range(12))
 
 
 def test_a_segment_is_removed_where_making_it_is_interrupted(
