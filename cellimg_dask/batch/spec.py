@@ -251,7 +251,10 @@ def _function(name: str, folder: Path) -> Callable[..., Any]:
 
 
 def _load_file(path: Path) -> Any:
-    """Run a file and return its module; workers, which cannot import it, get it by value."""
+    """Run a file and return its module.
+
+    Workers, which cannot import it, get it by value; also other files beside it that it imports.
+    """
     import cloudpickle
 
     # A name of its own: the file may be called as a module of Python's, signal.py for instance.
@@ -261,6 +264,15 @@ def _load_file(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     # Before it runs: dataclasses look their module up.
     sys.modules[module.__name__] = module
+    folder = str(path.parent)
+    if folder not in sys.path:
+        # At the end, so that what is installed goes first, whatever the files are called.
+        sys.path.append(folder)
+    before = set(sys.modules)
     spec.loader.exec_module(module)
     cloudpickle.register_pickle_by_value(module)
+    for name in sys.modules.keys() - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is not None and Path(file).is_relative_to(folder) and "." not in name:
+            cloudpickle.register_pickle_by_value(sys.modules[name])
     return module

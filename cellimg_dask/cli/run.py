@@ -161,7 +161,7 @@ def _read_spec(path: Path, changes: tuple[str, ...], target: str | None) -> RunS
     from cellimg_dask.batch.spec import RunSpec
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
@@ -177,7 +177,7 @@ def _read_spec(path: Path, changes: tuple[str, ...], target: str | None) -> RunS
             if not isinstance(place, dict):
                 raise click.UsageError(f"--set {change}: {parent} has no entries")
         try:
-            place[last] = yaml.safe_load(value)
+            place[last] = _parsed(value)
         except yaml.YAMLError as error:
             raise click.UsageError(f"--set {change}: {value!r} is no YAML: {error}") from error
     if target is not None:
@@ -192,6 +192,20 @@ def _read_spec(path: Path, changes: tuple[str, ...], target: str | None) -> RunS
             for item in error.errors()
         ]
         raise click.UsageError("\n".join([f"{path} has mistakes:", *lines])) from error
+
+
+def _parsed(text: str) -> Any:
+    """Return what YAML text says; what looks like a date stays text, as JSON would have it."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is not typed
+        """As safe, without dates."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return yaml.load(text, Loader)
 
 
 def _target(spec: RunSpec, folder: Path) -> str:

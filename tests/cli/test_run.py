@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -180,6 +181,32 @@ def test_an_edit_of_the_file_is_seen_and_a_comment_is_not(run, write, image):
     assert "6 cells computed" in run("run", "spec.yaml", "--no-progress").stdout
     expected = ndimage.gaussian_filter(image.astype("f4"), 1.0, truncate=2)
     np.testing.assert_allclose(result(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["threads", "processes"])
+def test_files_beside_that_of_the_function(run, write, image, backend, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write(queue={"backend": backend, "num_workers": 2}, function="uses.py:f", halo=0)
+    Path("uses.py").write_text("import beside_uses\n\ndef f(a): return beside_uses.twice(a)\n")
+    for factor in (2, 3):
+        Path("beside_uses.py").write_text(f"def twice(a): return {factor}.0 * a\n")
+        # As in a new process.
+        monkeypatch.delitem(sys.modules, "beside_uses", raising=False)
+        importlib.invalidate_caches()
+        done = run("run", "spec.yaml", "--no-progress", "--set", "dtype=float64")
+        assert "6 cells computed" in done.stdout, done.output
+        np.testing.assert_array_equal(result(), factor * image)
+
+
+def test_what_looks_like_a_date_is_text(run, write, image, tmp_path):
+    Path("dated.py").write_text("def f(a, day): return a + float(day[:4])\n")
+    write(function="dated.py:f", params=None, halo=0, dtype="float64")
+    Path("spec.yaml").write_text(Path("spec.yaml").read_text() + "params: {day: 2024-05-06}\n")
+    done = run("run", "spec.yaml", "--no-progress")
+    assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(result(), image + 2024)
+    again = run("run", str(tmp_path / "work" / "out.zarr.run" / "spec.yaml"), "--no-progress")
+    assert "6 done before" in again.stdout, again.output
 
 
 @pytest.mark.parametrize("name", ["signal.py", "random.py", "numpy.py", "my filters.py"])
