@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from scipy import ndimage
 
 import cellimg_dask as ci
 
@@ -196,3 +197,97 @@ assert np.array_equal(img[...], 2 * np.arange(100.0))
     edited = program.replace("return 2 * block", "return block + block")
     assert times(edited) == 10
     assert times(program) == 0
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import zarr
+from scipy import ndimage
+
+import cellimg_dask as ci
+from filters import smooth
+
+ci.set_cache(64 << 20, disk="cells")
+image = ci.map_cells(
+    smooth,
+    zarr.open_array("in.zarr", mode="r"),
+    halo=1,
+    dtype="f8",
+    cell_shape=16,
+    params={"size": int(sys.argv[1]), "model": Path("model.bin")},
+)
+np.save(sys.argv[2], image[...])
+"""
+
+FILTERS = """
+import os
+
+from scipy import ndimage
+
+
+def smooth(block, size, model):
+    log()
+    return WEIGHT * ndimage.uniform_filter(block, size) + len(model.read_bytes())
+
+
+def log():
+    descriptor = os.open("calls", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, b"x\\n")
+    os.close(descriptor)
+
+
+WEIGHT = 2
+"""
+
+
+def test_the_next_process_computes_what_an_edit_touched_and_nothing_else(
+    tmp_path: Path, image: np.ndarray
+) -> None:
+    def begin(size: int = 3, out: str = "out") -> subprocess.Popen[bytes]:
+        command = [sys.executable, "program.py", str(size), out]
+        return subprocess.Popen(command, cwd=tmp_path)
+
+    def calls_of(*processes: subprocess.Popen[bytes]) -> int:
+        log = tmp_path / "calls"
+        assert [process.wait(60) for process in processes] == [0] * len(processes)
+        number = len(log.read_text().split()) if log.exists() else 0
+        log.unlink(missing_ok=True)
+        return number
+
+    def whole(size: int = 3, weight: int = 2, model: int = 3) -> np.ndarray:
+        return weight * ndimage.uniform_filter(array[...], size) + model
+
+    array = zarr.create_array(tmp_path / "in.zarr", data=image, chunks=(16, 16))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "filters.py").write_text(FILTERS)
+    (tmp_path / "model.bin").write_bytes(b"abc")
+    assert calls_of(begin()) == 12
+    # Two at once, and nothing to do.
+    assert calls_of(begin(), begin(out="other")) == 0
+    for name in ("out", "other"):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), whole())
+
+    (damaged, *_) = sorted(path for path in (tmp_path / "cells").rglob("*") if path.is_file())
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert calls_of(begin()) == 1
+
+    array[20, 20] += 1000
+    # Its chunk reaches, with the halo, into all the cells around it.
+    assert calls_of(begin()) == 9
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), whole())
+
+    assert calls_of(begin(size=1)) == 12
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), whole(size=1))
+
+    (tmp_path / "filters.py").write_text(FILTERS.replace("WEIGHT = 2", "WEIGHT = 5"))
+    assert calls_of(begin()) == 12
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), whole(weight=5))
+
+    (tmp_path / "model.bin").write_bytes(b"abcd")
+    # Two at once that have all to do: nothing is torn, nothing is wrong.
+    assert 12 <= calls_of(begin(), begin(out="other")) <= 24
+    for name in ("out", "other"):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), whole(weight=5, model=4))
