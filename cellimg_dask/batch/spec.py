@@ -19,7 +19,7 @@ from cellimg_dask.image.define import fill_cells, map_cells
 from cellimg_dask.image.input import Input
 from cellimg_dask.queues.block_queue import BlockQueue
 
-__all__ = ["InputSpec", "QueueSpec", "RunSpec", "SlurmSpec"]
+__all__ = ["InputSpec", "QueueSpec", "RunSpec", "SlurmSpec", "entries", "meaning"]
 
 Boundary = Literal["none", "constant", "reflect", "symmetric", "edge", "wrap"]
 assert set(Boundary.__args__) == set(BOUNDARIES)  # type: ignore[attr-defined]
@@ -30,7 +30,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class InputSpec(_Model):
@@ -90,7 +90,7 @@ class RunSpec(_Model):
     """A run over a whole image."""
 
     inputs: list[InputSpec]
-    """Arrays that blocks read; a single path will do."""
+    """Arrays that blocks read: a path, or a list of paths or of entries with a path each."""
     target: str
     """Path or URL of the zarr array to write."""
     function: str | None = None
@@ -104,13 +104,13 @@ class RunSpec(_Model):
     dtype: str | None = None
     """Of the result."""
     halo: Halo = 0
-    """Voxels that a block reads around its cell."""
+    """Voxels that a block reads around its cell: a number, or one or [before, after] per axis."""
     boundary: Boundary = "none"
     """What lies beyond the image."""
-    cell_shape: int | list[Positive] | None = None
-    """Shape of a cell; default: the chunks of the first input."""
-    chunks: int | list[Positive] | None = None
-    """Shape of the target's chunks; default: cells."""
+    cell_shape: Positive | list[Positive] | None = None
+    """Shape of a cell, a number or one for each axis, from 1; default: the first input's chunks."""
+    chunks: Positive | list[Positive] | None = None
+    """Shape of the target's chunks, a number or one for each axis, from 1; default: cells."""
     sharded: bool | None = None
     """Whether the chunks of a cell are one object."""
     compressor: Literal["zstd", "blosc", "gzip", "none"] = "zstd"
@@ -124,7 +124,7 @@ class RunSpec(_Model):
     verify: Literal["checksums", "sizes"] = "checksums"
     """How stored cells are checked before they count as done."""
     cells_per_call: Positive | list[Positive] | Literal["auto"] | None = None
-    """How many neighbouring cells are computed by one call, along each axis."""
+    """How many neighbouring cells are computed by one call: auto, or a number for each axis."""
     max_memory: Positive | None = None
     """Bytes that the run may take."""
     cache_bytes: Annotated[int, Field(ge=0)] | None = None
@@ -144,7 +144,7 @@ class RunSpec(_Model):
     @classmethod
     def _names_a_function(cls, value: str | None) -> str | None:
         if value is not None and ":" not in value:
-            raise ValueError("must be module:name or file.py:name")
+            raise ValueError(f"{value!r} must be module:name or file.py:name")
         return value
 
     @field_validator("dtype")
@@ -233,6 +233,21 @@ class RunSpec(_Model):
             "max_memory": self.max_memory,
             "timeout_s": self.timeout_s,
         }
+
+
+_MODELS = (RunSpec, InputSpec, QueueSpec, SlurmSpec)
+
+
+def entries() -> list[str]:
+    """Return the names of all entries that a spec can have."""
+    return [name for model in _MODELS for name in model.model_fields]
+
+
+def meaning(entry: str) -> str:
+    """Return what an entry says."""
+    text = next(m.model_fields[entry].description for m in _MODELS if entry in m.model_fields)
+    assert text is not None
+    return text[0].lower() + text[1:].rstrip(".")
 
 
 def _function(name: str, folder: Path) -> Callable[..., Any]:

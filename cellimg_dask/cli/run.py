@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from cellimg_dask.cli.files import open_file
 from cellimg_dask.cli.require import require
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
     import cellimg_dask as ci
     from cellimg_dask.batch.spec import InputSpec, RunSpec, SlurmSpec
 
@@ -186,12 +189,43 @@ def _read_spec(path: Path, changes: tuple[str, ...], target: str | None) -> RunS
     try:
         return RunSpec.model_validate(content)
     except pydantic.ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, item['loc'])) or 'spec'}: {item['msg']}"
-            + (f" (got {item['input']!r})" if item["type"] != "missing" and item["loc"] else "")
-            for item in error.errors()
-        ]
+        lines = [f"  {name}: {text}" for name, text in _mistakes(error, content)]
         raise click.UsageError("\n".join([f"{path} has mistakes:", *lines])) from error
+
+
+def _mistakes(error: ValidationError, content: Any) -> list[tuple[str, str]]:
+    """Return what is wrong with a spec: the entry, and what is expected of it."""
+    from cellimg_dask.batch.spec import entries, meaning
+
+    found: dict[str, str] = {}
+    for item in error.errors():
+        # Down to the entry, and not into the alternatives for its value.
+        place, path = content, []
+        for part in item["loc"]:
+            if part == 0 and not isinstance(place, list):
+                # The only input need not be in a list.
+                continue
+            try:
+                place = place[part]
+            except (KeyError, IndexError, TypeError):
+                if item["type"] in ("missing", "extra_forbidden"):
+                    path.append(str(part))
+                break
+            path.append(str(part))
+        name = ".".join(path) or "spec"
+        if item["type"] == "missing":
+            found[name] = f"is missing: {meaning(path[-1])}"
+        elif item["type"] == "extra_forbidden":
+            near = get_close_matches(path[-1], entries(), 1)
+            found[name] = "no such entry" + (f"; did you mean {near[0]}?" if near else "")
+        elif item["type"] == "value_error":
+            found[name] = item["msg"].removeprefix("Value error, ")
+        elif path[-1:] == [str(item["loc"][-1])] and "Input should be" in item["msg"]:
+            found[name] = f"{item['msg'].replace('Input should', 'must')}, got {place!r}"
+        else:
+            # None of several alternatives fits.
+            found[name] = f"cannot be {place!r}: {meaning(path[0])}"
+    return list(found.items())
 
 
 def _parsed(text: str) -> Any:
@@ -309,7 +343,7 @@ def _slurm(spec: SlurmSpec, *, start: bool) -> Iterator[Any]:
 def _projected(spec: RunSpec, image: ci.CellImg) -> dict[str, str]:
     from dask.utils import format_bytes
 
-    from cellimg_dask.batch.memory import project
+    from cellimg_dask.loading.memory import project
 
     grid, loader = image.grid, image.loader
     workers = spec.queue.num_workers or 2
