@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
+from contextlib import suppress
 from itertools import count
 from math import ceil
 from time import monotonic, perf_counter, sleep
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 import cloudpickle
+import distributed
 from dask.task_spec import Task, TaskRef
 from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
@@ -67,6 +69,8 @@ _METADATA = "cellimg_dask-seconds"
 _LOOK_EVERY_S = 1.0
 # So often a queue that is made looks whether workers have come.
 _LOOK_FOR_WORKERS_EVERY_S = 0.1
+# So many workers may die in init before it is blamed, if none has lived through it.
+_DEATHS_IN_INIT = 1
 # What a worker is taken to have that was given no limit.
 _MEMORY_WITHOUT_LIMIT = 4 << 30
 # distributed: the larger the sooner. Somebody's batch has 0 by default.
@@ -169,33 +173,38 @@ class ClusterCells:
             packed = cloudpickle.dumps(arrived)
         except Exception as error:
             raise InitError(f"init cannot be sent to the workers: {describe(error)}") from error
-        # As tasks and not by client.run, which would run it in the worker's event loop.
-        futures = {
-            address: self.client.submit(
-                _prepare_worker, packed, workers=[address], key=f"init-{uuid4()}", pure=False
-            )
-            for address in self._workers()
-        }
-
-        def died(address: str) -> InitError:
-            return InitError(f"the worker at {address} died while init of the queue ran there")
-
+        futures: dict[str, Any] = {}
+        deaths = 0
+        deadline = monotonic() + self._timeout_s
         try:
-            deadline = monotonic() + self._timeout_s
-            gathering = self._gather(futures)
-            while not wait([gathering], _LOOK_EVERY_S).done:
-                if monotonic() > deadline and any(f.status != "pending" for f in futures.values()):
-                    # The others are busy with something else, and do it before their first task.
-                    break
+            while True:
+                if self.client.status != "running":
+                    self._fail(None)
                 there = self._workers()
-                for address, future in futures.items():
-                    if address not in there and future.status == "pending":
-                        # The task is for this worker only, and would wait for ever.
-                        raise died(address)
-            for address, future in futures.items():
-                if future.status == "error":
-                    failure = future.exception()
-                    raise died(address) if isinstance(failure, KilledWorker) else failure
+                for address in there.keys() - futures.keys():
+                    # As tasks and not by client.run, which would run it in the event loop.
+                    futures[address] = self.client.submit(
+                        _prepare_worker, packed, workers=[address], key=f"init-{uuid4()}"
+                    )
+                for address, future in list(futures.items()):
+                    if _has_died(future, address in there):
+                        futures.pop(address).release()
+                        deaths += 1
+                ready = any(future.status == "finished" for future in futures.values())
+                pending = [future for future in futures.values() if future.status == "pending"]
+                late = monotonic() > deadline
+                if ready and (late or not pending):
+                    # Who is busy with something else does it before its first task.
+                    return
+                if not ready and deaths > _DEATHS_IN_INIT:
+                    raise InitError("every worker died while init of the queue ran there")
+                if not futures and late:
+                    raise NoWorkersError(f"there has been no worker for {self._timeout_s:g} s")
+                if pending:
+                    with self.client.as_current(), suppress(TimeoutError):
+                        distributed.wait(pending, _LOOK_EVERY_S, "FIRST_COMPLETED")
+                else:
+                    sleep(_LOOK_FOR_WORKERS_EVERY_S)
         finally:
             release(futures.values())
 
@@ -690,6 +699,17 @@ class ClusterCells:
                 f"cancelled these cells" + (f": {describe(error)}" if error is not None else "")
             ) from error
         raise error
+
+
+def _has_died(future: Any, is_there: bool) -> bool:
+    """Whether a worker died during the only task that it was sent; raise what that one raised."""
+    if future.status == "error":
+        failure = future.exception()
+        if not isinstance(failure, KilledWorker):
+            raise failure
+        return True
+    # The task is for this worker only, and would wait for ever.
+    return future.status == "pending" and not is_there
 
 
 def _checked_timeout(timeout_s: object) -> float:

@@ -1097,6 +1097,22 @@ def test_a_worker_that_is_busy_with_something_else_runs_init_later(
     assert counts(log)["init"] == 2
 
 
+def test_a_worker_that_dies_while_a_queue_is_made_is_not_the_end(
+    make_client: Any, make_queue: Any, log: Any, tmp_path: Path, begin: Begin
+) -> None:
+    client, first = make_client(2), str(tmp_path / "first")
+    # The first that runs it dies, whatever the reason.
+    init = log.code + (
+        "import os\n"
+        f"try: os.close(os.open({first!r}, os.O_CREAT | os.O_EXCL))\n"
+        "except FileExistsError: add('init')\n"
+        "else: os._exit(1)\n"
+    )
+    queue = begin(lambda: make_queue(client, 2, init)).result(PATIENCE_S)
+    np.testing.assert_array_equal(numbers(queue, 20)[...], range(20))
+    assert counts(log)["init"] >= 1
+
+
 # ---------------------------------------------------------------------------- batches
 
 
