@@ -25,6 +25,10 @@ MODULES = {
     "large_blocks": "queues",
     "python_work": "queues",
     "on_cluster": "clusters",
+    "with_faults": "faults",
+    "killed_client": "faults",
+    "write": "batch_writing",
+    "filter": "batch_filtering",
 }
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class Lab:
             "size": 64 if self.quick else 512,
         }
         if source == "zarr":
-            arguments |= {"zarr": self._zarr_folder(), "cache_mib": 256}
+            arguments |= {"zarr": self.zarr_folder(), "cache_mib": 256}
         methods = ["bare", "cells", "cells_kept", "map_overlap"]
         if source == "zarr":
             methods.remove("cells_kept")
@@ -134,7 +134,8 @@ class Lab:
                 raise MeasurementError(f"{function}, {source}: {method} differs from the bare loop")
         return results
 
-    def _zarr_folder(self) -> str:
+    def zarr_folder(self) -> str:
+        """Return the folder of the zarr inputs, written when first asked for."""
         folder = Path(self._folder.name, "inputs")
         if self.stored_ratio is None:
             size, chunk = (64, 16) if self.quick else (512, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +36,10 @@ class Folder(Protocol):
         """Return the names of all contents under a folder, in no order."""
         ...
 
+    def sweep(self) -> None:
+        """Remove what writers that were killed have left; nobody may be writing."""
+        ...
+
 
 def is_url(target: str) -> bool:
     """Whether a target is an URL and not a path."""
@@ -44,6 +49,10 @@ def is_url(target: str) -> bool:
 def open_folder(target: str) -> Folder:
     """Return the folder at a path or URL; it need not exist."""
     return UrlFolder(target) if is_url(target) else LocalFolder(Path(target))
+
+
+# Names under which files are written before they get their own: here, by zarr, by tensorstore.
+_UNFINISHED = re.compile(r".+\.([0-9a-f]{32}\.part|[0-9a-f]{32}\.partial|__lock)", re.DOTALL)
 
 
 class LocalFolder:
@@ -105,6 +114,12 @@ class LocalFolder:
                 if not file.endswith(".part"):
                     yield (inner / file).as_posix()
 
+    def sweep(self) -> None:
+        """Remove what was left; see `Folder`."""
+        for folder, _, files in os.walk(self.path):
+            for file in filter(_UNFINISHED.fullmatch, files):
+                Path(folder, file).unlink(missing_ok=True)
+
 
 class UrlFolder:
     """A place that fsspec reaches. Object stores put an object whole or not at all."""
@@ -152,6 +167,9 @@ class UrlFolder:
         start = len(root.lstrip("/"))
         for path in found:
             yield path.lstrip("/")[start:]
+
+    def sweep(self) -> None:
+        """Do nothing: what was not put whole is not there; see `Folder`."""
 
 
 def sync_folder(path: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
 
 from dask.task_spec import DataNode, Task, TaskRef
 from distributed import wait
 from distributed.scheduler import KilledWorker
 
-from cellimg_dask.batch.work import Committer, Outcome, Work
+from cellimg_dask.batch.work import Committer, Outcome, Work, with_keys
 from cellimg_dask.blocks.errors import NoWorkersError, WorkerDiedError
 from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.queues.cluster import ClusterCells
@@ -23,6 +24,8 @@ __all__ = ["compute_on_cluster"]
 _TASK_S = 100e-3
 _LARGEST_TASK = 1000
 _LOOK_EVERY_S = 1.0
+
+T = TypeVar("T")
 
 
 def compute_on_cluster(
@@ -42,12 +45,12 @@ def compute_on_cluster(
     Raises
     ------
     NoWorkersError
-        If there was no worker, or no cell was done, for ``timeout_s``.
+        If there was no worker, or no cell was done, for ``timeout_s``, or the scheduler is lost.
     """
-    crowd = _Crowd(cells, committer, keys, timeout_s)
+    crowd = _Crowd(cells, committer, keys, timeout_s, record)
     try:
-        suspects = crowd.go(deque(groups), record, alone=False)
-        crowd.go(deque([index] for index in suspects), record, alone=True)
+        suspects = crowd.go(deque(groups), alone=False)
+        crowd.go(deque([index] for index in suspects), alone=True)
     finally:
         crowd.release()
 
@@ -56,53 +59,78 @@ class _Crowd:
     """The tasks of a run."""
 
     def __init__(
-        self, cells: ClusterCells, committer: Committer, keys: ContentKeys, timeout_s: float
+        self,
+        cells: ClusterCells,
+        committer: Committer,
+        keys: ContentKeys,
+        timeout_s: float,
+        record: Callable[[Outcome], None],
     ) -> None:
         self._cells = cells
         self._committer = committer
         self._keys = keys
         self._timeout_s = timeout_s
+        self._record_outcome = record
         self._prefix = f"{dask_name(committer.loader)}-run-{uuid4().hex[:8]}"
+        self._definition_prefix = f"{self._prefix}-definition-"
         self._under_way: dict[Any, list[Work]] = {}
         self._seconds: float | None = None
-        (self._definition,) = self._get({self._prefix: DataNode(self._prefix, committer)})
+        self._progress_at = monotonic()
+        self._asked_at = -_LOOK_EVERY_S
+        self._threads: list[int] = []
+        """Of each worker."""
+        self._deaths: dict[int, int] = {}
+        """How many workers died with a cell that was computed alone."""
+        self._definition = self._define()
 
-    def go(
-        self,
-        todo: deque[Sequence[int]],
-        record: Callable[[Outcome], None],
-        *,
-        alone: bool,
-    ) -> list[int]:
+    def go(self, todo: deque[Sequence[int]], *, alone: bool) -> list[int]:
         """Do cells; return those that were under way when a worker died, or blame them."""
         suspects: list[int] = []
-        since = monotonic()
         while todo or self._under_way:
             most = 1 if alone else 2 * self._num_threads()
             while todo and len(self._under_way) < most:
                 size = 1 if alone else self._size(len(todo))
                 self._submit([todo.popleft() for _ in range(min(size, len(todo)))])
-            finished = self._wait(since)
-            if finished:
-                since = monotonic()
-            for future in finished:
-                works = self._under_way.pop(future)
-                try:
-                    if future.status == "error":
-                        lost = self._lost(future.exception(), works, record)
-                        if alone:
-                            for index in lost:
-                                record(self._guilty(index, future.exception()))
-                        else:
-                            suspects += lost
-                        continue
-                    outcomes, seconds = self._cells.client.gather(future)
-                finally:
+            for future in self._wait():
+                if future.status == "finished":
+                    self._take(future)
+                elif future.status == "error":
+                    error = future.exception()
+                    works = self._under_way.pop(future)
                     future.release()
-                self._seconds = seconds / len(works)
-                for outcome in outcomes:
-                    record(outcome)
+                    if not isinstance(error, KilledWorker):
+                        raise error
+                    if str(error.task).startswith(self._definition_prefix):
+                        # What every task needs, and no cell: it is sent anew.
+                        if error.task == self._definition.key:
+                            self._definition = self._define()
+                        todo.extend([index for index, _ in work] for work in works)
+                        continue
+                    lost = self._lost(works)
+                    if not alone:
+                        suspects += lost
+                    elif any(self._is_guilty(index, error) for index in lost):
+                        self._record(self._guilty(lost[0], error))
+                    else:
+                        todo.extend([index] for index in lost)
         return suspects
+
+    def _take(self, future: Any) -> None:
+        """Record what came of a task; nothing if its worker has died meanwhile."""
+        result = self._ask(lambda: future.result(timeout=_LOOK_EVERY_S))
+        if result is None:
+            # It is done again, by a worker that finds the cells committed.
+            return
+        outcomes, seconds = result
+        works = self._under_way.pop(future)
+        future.release()
+        self._seconds = seconds / len(works)
+        for outcome in outcomes:
+            self._record(outcome)
+
+    def _record(self, outcome: Outcome) -> None:
+        self._progress_at = monotonic()
+        self._record_outcome(outcome)
 
     def _size(self, left: int) -> int:
         """Return how many groups of cells a task should have."""
@@ -111,52 +139,100 @@ class _Crowd:
         fair = left // (2 * self._num_threads())
         return max(1, min(round(_TASK_S / max(self._seconds, 1e-6)), _LARGEST_TASK, fair))
 
-    def _submit(self, groups: list[Sequence[int]]) -> None:
-        key = f"{self._prefix}-{uuid4().hex}"
-        works: list[Work] = [[(index, self._keys.key(index)) for index in g] for g in groups]
-        (future,) = self._get({key: Task(key, _commit, TaskRef(self._prefix), works)})
-        self._under_way[future] = works
+    def _define(self) -> Any:
+        """Send what every task needs, under a new key."""
+        key = f"{self._definition_prefix}{uuid4().hex[:8]}"
+        return self._get(key, DataNode(key, self._committer))
 
-    def _get(self, tasks: dict[Any, Any]) -> list[Any]:
-        futures: list[Any] = self._cells.client.get(
-            tasks, list(tasks), sync=False, resources=self._cells.resources or None
-        )
-        return futures
+    def _submit(self, groups: list[Sequence[int]]) -> None:
+        works = [work for work in map(self._with_keys, groups) if work]
+        if works:
+            key = f"{self._prefix}-{uuid4().hex}"
+            future = self._get(key, Task(key, _commit, TaskRef(self._definition.key), works))
+            self._under_way[future] = works
+
+    def _with_keys(self, group: Sequence[int]) -> Work:
+        work, failed = with_keys(self._committer.loader, self._keys, group)
+        for outcome in failed:
+            self._record(outcome)
+        return work
+
+    def _get(self, key: str, task: Any) -> Any:
+        client, resources = self._cells.client, self._cells.resources or None
+        futures = self._ask(lambda: client.get({key: task}, [key], sync=False, resources=resources))
+        assert futures is not None
+        return futures[0]
 
     def _num_threads(self) -> int:
-        return max(1, sum(map(int, self._cells.client.nthreads().values())))
-
-    def _wait(self, since: float) -> list[Any]:
-        """Return what is finished, perhaps nothing yet; raise if nothing has been for too long."""
-        try:
-            # The client need not be anybody's default.
-            with self._cells.client.as_current():
-                done = wait(list(self._under_way), _LOOK_EVERY_S, "FIRST_COMPLETED")
-            return list(done.done)
-        except TimeoutError:
-            pass
-        if monotonic() - since > self._timeout_s:
-            workers = self._cells.num_workers
-            raise NoWorkersError(
-                f"no cell was done for {self._timeout_s:g} s, with {workers} workers; what is "
-                f"committed stays, and the next run goes on from there"
+        """Return how many tasks the workers can do at the same time; at least 1."""
+        if monotonic() - self._asked_at > _LOOK_EVERY_S:
+            self._asked_at = monotonic()
+            client = self._cells.client
+            found = self._ask(
+                lambda: client.sync(client.scheduler.ncores, callback_timeout=_LOOK_EVERY_S)
             )
-        return []
+            # A scheduler may say nothing for a while; in the end it is want of progress.
+            if found is not None:
+                self._threads = list(map(int, found.values()))
+        return max(1, sum(self._threads))
 
-    def _lost(
-        self, error: BaseException, works: list[Work], record: Callable[[Outcome], None]
-    ) -> list[int]:
+    def _wait(self) -> list[Any]:
+        """Return what has ended, perhaps nothing yet; raise if nothing has been for too long."""
+        if monotonic() - self._progress_at > self._timeout_s:
+            self._num_threads()
+            raise NoWorkersError(
+                f"no cell was done for {self._timeout_s:g} s, with {len(self._threads)} workers; "
+                f"start workers, or give a longer timeout_s if cells take so long, and run again: "
+                f"what is committed stays, and the run goes on from there"
+            )
+        if not self._under_way:
+            return []
+        # The client need not be anybody's default.
+        with self._cells.client.as_current():
+            waited = self._ask(
+                lambda: wait(list(self._under_way), _LOOK_EVERY_S, "FIRST_COMPLETED")
+            )
+        return [] if waited is None else list(waited.done)
+
+    def _ask(self, call: Callable[[], T]) -> T | None:
+        """Call the client; None if that took too long; raise if the scheduler is lost."""
+        client = self._cells.client
+        if client.status != "running":
+            self._scheduler_lost(None)
+        try:
+            return call()
+        except TimeoutError:
+            return None
+        except (CancelledError, OSError) as error:
+            self._scheduler_lost(error)
+        except Exception as error:
+            if client.status == "running":
+                raise
+            self._scheduler_lost(error)
+
+    def _scheduler_lost(self, error: BaseException | None) -> NoReturn:
+        raise NoWorkersError(
+            "the connection to the scheduler is lost, or somebody else cancelled the run's tasks: "
+            "connect to a cluster and run again; what is committed stays, and the run goes on from "
+            "there"
+        ) from error
+
+    def _lost(self, works: list[Work]) -> list[int]:
         """Return the cells of a task that were not committed before its worker died."""
-        if not isinstance(error, KilledWorker):
-            raise error
         lost = []
         for index, key in [cell for work in works for cell in work]:
             outcome = self._committer.done_before(index, key)
             if outcome is None:
                 lost.append(index)
             else:
-                record(outcome)
+                self._record(outcome)
         return lost
+
+    def _is_guilty(self, index: int, error: KilledWorker) -> bool:
+        """Whether workers died with a cell more often than it is to be tried again."""
+        # Less may be somebody else's doing, where the scheduler allows no failures.
+        self._deaths[index] = self._deaths.get(index, 0) + error.allowed_failures + 1
+        return self._deaths[index] > self._committer.retries
 
     def _guilty(self, index: int, error: BaseException) -> Outcome:
         loader = self._committer.loader
@@ -184,6 +260,9 @@ def _commit(committer: Committer, works: list[Work]) -> tuple[list[Outcome], flo
     began = perf_counter()
     outcomes: list[Outcome] = []
     for work in works:
+        # A client that was killed has no use for them, and the next run would do them again.
+        with committer.permit.writing():
+            pass
         # Some may have been committed by a worker that died before it could say so.
         before = {index: committer.done_before(index, key) for index, key in work}
         outcomes += [outcome for outcome in before.values() if outcome is not None]

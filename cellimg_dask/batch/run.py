@@ -6,7 +6,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from itertools import chain
 from time import perf_counter
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -15,19 +17,21 @@ from urllib.request import url2pathname
 from cellimg_dask.batch.folder import is_url, open_folder
 from cellimg_dask.batch.lock import RunLock
 from cellimg_dask.batch.manifest import Manifest
-from cellimg_dask.batch.memory import project
 from cellimg_dask.batch.order import neighbours_together
 from cellimg_dask.batch.report import RunReport
 from cellimg_dask.batch.target import Layout, Target
-from cellimg_dask.batch.together import cells_together
-from cellimg_dask.batch.work import Committer, Outcome
+from cellimg_dask.batch.watch import Watch
+from cellimg_dask.batch.work import Committer, Outcome, with_keys
+from cellimg_dask.blocks.errors import NoWorkersError
 from cellimg_dask.geometry import as_int
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.loading.crew import Crew, usable_cores
 from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.loading.memory import Room
 from cellimg_dask.loading.readers import ChunkedReader
 from cellimg_dask.loading.running import BACKGROUND, priority
+from cellimg_dask.loading.together import cells_together
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, memory_bytes
 
@@ -93,9 +97,10 @@ def run(
         read and computed once for all of them; ``"auto"`` within the memory. For local functions
         of arrays, which give the same result for any size of block.
     max_memory : int, optional
-        Bytes that the run may take; default: the memory of this machine or container.
+        Bytes that the run may take, on a cluster each of its workers; default: the memory of
+        this machine or container, or the limit of the worker.
     timeout_s : float
-        On a cluster: how long the run goes on without a cell being done.
+        How long the run goes on without a cell being done: longer than a cell may take.
 
     Returns
     -------
@@ -107,9 +112,11 @@ def run(
     FileExistsError
         If the target exists and is not to be carried on, is something else, or is in use.
     MemoryError
-        If the projected memory exceeds ``max_memory``.
+        If the projected memory exceeds ``max_memory``, or the limit of a worker of a cluster.
     NoWorkersError
-        If a cluster did nothing for ``timeout_s``; the next run goes on from there.
+        If no cell was done for ``timeout_s``, or the scheduler of a cluster is lost; the next run
+        goes on from there. A queue on this machine is closed then: its processes are killed, but
+        a thread cannot be, so a block that never ends stays in this process until Python ends.
     TypeError
         If an input or the function has no content that can be compared: give ``version=``.
 
@@ -146,17 +153,23 @@ def run(
     keys = ContentKeys(loader)
     if loader.grid.num_cells:
         # Refuses inputs that cannot be compared, before anything is made.
-        keys.key(0)
+        with_keys(loader, keys, [0])
     crew = _crew(loader.queue)
-    limit = memory_bytes() if max_memory is None else as_int(max_memory, "max_memory", minimum=1)
-    together = cells_together(loader, cells_per_call, crew.num_threads, limit)
-    _refuse_too_large(loader if together is None else together.coarse, crew.num_threads, limit)
+    if max_memory is not None:
+        max_memory = as_int(max_memory, "max_memory", minimum=1)
+    rooms = _rooms(loader.queue, crew, max_memory)
+    together = cells_together(loader, cells_per_call, rooms)
+    for room in rooms:
+        room.check(loader if together is None else together.coarse)
     manifest = Manifest(where)
-    with closing(crew), RunLock(manifest.folder, where):
+    with closing(crew), RunLock(manifest.folder, where) as lock:
         _create(layout, where, manifest, resume=resume, overwrite=overwrite)
+        for folder in (manifest.folder, open_folder(where)):
+            folder.sweep()
         stored = Target(where, loader.grid)
+        committer = Committer(loader, together, stored, manifest, lock.permit, retries)
         report = RunReport(where, loader.grid.num_cells)
-        todo = _missing(stored, manifest, keys, report, crew, checksums=verify == "checksums")
+        todo = _missing(committer, keys, report, crew, checksums=verify == "checksums")
         try:
             with _bar(report.num_cells, report.skipped, progress) as advance:
 
@@ -172,14 +185,13 @@ def run(
 
                 order = neighbours_together(loader.grid, todo)
                 groups = [[i] for i in order] if together is None else together.groups(order)
-                committer = Committer(loader, together, stored, manifest, retries)
                 if loader.queue is not None and loader.queue.cells is not None:
                     from cellimg_dask.batch.on_cluster import compute_on_cluster
 
                     cells: Any = loader.queue.cells
                     compute_on_cluster(cells, committer, groups, keys, timeout_s, record)
                 else:
-                    _compute(committer, groups, keys, crew, record)
+                    _compute(committer, groups, keys, crew, Watch(loader.grid, timeout_s), record)
         finally:
             report.seconds = perf_counter() - began
             report.peak_memory = _peak_memory()
@@ -223,18 +235,24 @@ def _forget_files(loader: CellLoader) -> None:
 
 
 def _crew(queue: Any) -> Crew:
-    workers = usable_cores() if queue is None else queue.num_workers
+    # A cluster may have no workers just now.
+    workers = usable_cores() if queue is None else max(1, queue.num_workers)
     # More than compute at a time: while some wait for the disk, others compute.
-    return Crew(workers + max(1, workers // 2), spare_tiny=False)
+    return Crew(2 * workers, spare_tiny=False)
 
 
-def _refuse_too_large(loader: CellLoader, num_threads: int, limit: int) -> None:
-    projected = project(loader, num_threads)
-    if projected.total > limit:
-        raise MemoryError(
-            f"the run would take about {projected}, and {limit / (1 << 20):,.0f} MiB are allowed: "
-            f"use smaller cells, fewer workers, or a smaller cache (set_cache), or give max_memory"
-        )
+def _rooms(queue: Any, crew: Crew, max_memory: int | None) -> list[Room]:
+    """Return the processes in which blocks run, each kind once."""
+    if queue is None or queue.cells is None:
+        return [Room(crew.num_threads, memory_bytes() if max_memory is None else max_memory)]
+    cells: Any = queue.cells
+    rooms: set[Room] = set()
+    for worker in cells._workers().values():
+        own = worker.get("memory_limit") or memory_bytes()
+        limit = own if max_memory is None else min(own, max_memory)
+        # There the cache is bounded by a quarter, see `fit_cache`.
+        rooms.add(Room(worker["nthreads"], limit, own // 4, "a worker of the cluster"))
+    return sorted(rooms, key=lambda room: room.max_bytes)
 
 
 def _create(
@@ -281,8 +299,7 @@ def _existing(where: str, manifest: Manifest) -> Any:
 
 
 def _missing(
-    stored: Target,
-    manifest: Manifest,
+    committer: Committer,
     keys: ContentKeys,
     report: RunReport,
     crew: Crew,
@@ -290,16 +307,25 @@ def _missing(
     checksums: bool,
 ) -> list[int]:
     """Return the cells that have to be computed."""
+    loader, stored, manifest = committer.loader, committer.stored, committer.manifest
     marked = set(manifest.marked())
     todo = [index for index in range(report.num_cells) if index not in marked]
     lock = threading.Lock()
 
     def check(index: int) -> None:
-        state = manifest.state(index, keys.key(index), stored, checksums=checksums)
+        work, _ = with_keys(loader, keys, [index])
+        if not work:
+            with lock:
+                todo.append(index)
+            return
+        state = manifest.state(*work[0], stored, checksums=checksums)
         with lock:
             if state == "done":
                 report.skipped += 1
                 return
+            if state == "damaged":
+                # Workers that look whether somebody was quicker believe it.
+                manifest.withdraw(index)
             if state != "missing":
                 report.redone[state] = report.redone.get(state, 0) + 1
             todo.append(index)
@@ -314,20 +340,37 @@ def _compute(
     groups: Sequence[Sequence[int]],
     keys: ContentKeys,
     crew: Crew,
+    watch: Watch,
     record: Callable[[Outcome], None],
 ) -> None:
-    lock = threading.Lock()
+    loader = committer.loader
 
     def work(group: Sequence[int]) -> None:
-        for outcome in committer.commit([(index, keys.key(index)) for index in group]):
-            with lock:
-                record(outcome)
+        with watch.under_way(group):
+            cells, failed = with_keys(loader, keys, group)
+            for outcome in chain(failed, committer.commit(cells)):
+                watch.done(partial(record, outcome))
 
-    before = priority.set(BACKGROUND)
-    try:
+    def compute() -> None:
+        priority.set(BACKGROUND)
         crew.run(groups, work, len(groups))
-    finally:
-        priority.reset(before)
+
+    try:
+        watch.wait_for(compute)
+    except (KeyboardInterrupt, NoWorkersError) as error:
+        # Threads that are stuck in a block cannot be waited for.
+        crew.close(join=False)
+        if isinstance(error, NoWorkersError):
+            _close_queues(loader)
+        raise
+
+
+def _close_queues(loader: CellLoader) -> None:
+    """Close the queues on this machine, one of which is stuck, without waiting for blocks."""
+    for queue in {image.queue for image in loader.ancestry()}:
+        if isinstance(queue, BlockQueue) and queue.blocks is not None:
+            with suppress(TimeoutError):
+                queue.close(0)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Layout:
         if sharded is None:
             sharded = sizes != whole
         try:
-            fill = checked_fill(fill_value, dtype, 0)
+            fill = _zero(dtype) if _is_zero(fill_value) else checked_fill(fill_value, dtype, 0)
         except ValueError:
             raise ValueError(f"fill_value {fill_value!r} is no value of dtype {dtype}") from None
         default = 1 if compressor == "zstd" else 5
@@ -131,6 +132,17 @@ class Layout:
             "shards": (array.shards, whole if self.sharded else None),
         }
         return [f"{k} {a}, expected {b}" for k, (a, b) in expected.items() if a != b]
+
+
+def _is_zero(value: Any) -> bool:
+    return type(value) is int and value == 0
+
+
+def _zero(dtype: np.dtype[Any]) -> Any:
+    """Return what 0 means for a dtype: the epoch, the empty text, 0 in every field."""
+    if dtype.hasobject:
+        raise TypeError(f"voxels of dtype {dtype} cannot be stored: Python objects have no bytes")
+    return np.zeros((), dtype)[()]
 
 
 def _zstd(level: int) -> Any:
@@ -206,6 +218,13 @@ class Target:
 
     def write(self, index: int, data: NDArray[Any]) -> None:
         """Store a cell; it is on the disk when this returns."""
+        self.begin(index, data)()
+
+    def begin(self, index: int, data: NDArray[Any]) -> Callable[[], object]:
+        """Begin to store a cell, and return what waits until it is on the disk.
+
+        The data must not change before that.
+        """
         box = self.grid.roi(self.grid.position(index)).slices
         for name in self.objects(index):
             # At the image's end a part of a chunk is written, and that is to be put into what is
@@ -214,9 +233,14 @@ class Target:
         twin = self._tensorstore()
         if twin is not None:
             # Writes each object under another name, syncs it and renames it.
-            twin[box].write(data).result()
-            return
+            writing: Callable[[], object] = (
+                twin[box].write(data, can_reference_source_data_indefinitely=True).result
+            )
+            return writing
         self.array[box] = data
+        return partial(self._sync, index)
+
+    def _sync(self, index: int) -> None:
         if not is_url(self.where):
             for name in self.objects(index):
                 _sync(Path(self.where) / name)
@@ -242,7 +266,7 @@ class Target:
             found[name] = (
                 None
                 if content is None
-                else [len(content), hashlib.blake2b(content, digest_size=16).hexdigest()]
+                else [len(content), hashlib.sha256(content).hexdigest()[:32]]
             )
         return found
 

@@ -123,7 +123,7 @@ class WorkerDiedError(BlockError):
 
 
 class NoWorkersError(CellimgError, TimeoutError):
-    """A queue has had no worker for too long, or its scheduler cannot be reached."""
+    """Workers did nothing, or were not there, for too long, or the scheduler cannot be reached."""
 
 
 class QueueClosedError(CellimgError, RuntimeError):

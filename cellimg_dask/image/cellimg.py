@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -13,7 +13,9 @@ from numpy.typing import DTypeLike, NDArray
 from cellimg_dask.geometry import CellGrid, Roi, parse_index
 from cellimg_dask.image.describe import as_html, as_text
 from cellimg_dask.loading.loader import CellLoader
-from cellimg_dask.state.cache import CacheStats
+from cellimg_dask.loading.memory import Room
+from cellimg_dask.loading.together import cells_together
+from cellimg_dask.state.cache import CacheStats, memory_bytes
 
 if TYPE_CHECKING:
     import dask.array
@@ -124,7 +126,13 @@ class CellImg(NDArrayOperatorsMixin):
             return out
         return out[tuple(0 if axis in dropped else slice(None) for axis in range(self.ndim))]
 
-    def read_into(self, out: NDArray[Any], roi: Any = ...) -> NDArray[Any]:
+    def read_into(
+        self,
+        out: NDArray[Any],
+        roi: Any = ...,
+        *,
+        cells_per_call: int | Sequence[int] | Literal["auto"] | None = None,
+    ) -> NDArray[Any]:
         """Compute a region into an existing array and return that array.
 
         Parameters
@@ -133,6 +141,11 @@ class CellImg(NDArrayOperatorsMixin):
             Writable, of the region's shape and of a dtype that holds the image's.
         roi : Roi or index expression, optional
             The region; default: the whole image.
+        cells_per_call : int, ints, "auto" or None
+            How many neighbouring cells along each axis are computed by one call, so that the
+            halo is read and computed once for all of them; ``"auto"``: as many as is good,
+            within the memory. Past the cache: what is there is computed again, and nothing is
+            kept. For local functions of arrays, which give the same result for any size of block.
 
         Raises
         ------
@@ -148,10 +161,17 @@ class CellImg(NDArrayOperatorsMixin):
             raise ValueError("out is read-only; give a writable array")
         if not np.can_cast(self.dtype, out.dtype, "safe"):
             raise ValueError(f"out has dtype {out.dtype}, which cannot hold {self.dtype}")
-        if out.dtype == self.dtype and out.dtype.isnative and not self.loader.reads_from(out):
-            self.loader.read(box.start, box.stop, out)
+        loader = self.loader
+        if cells_per_call is not None:
+            room = Room(loader.crew().num_threads, memory_bytes())
+            together = cells_together(loader, cells_per_call, [room])
+            loader = loader if together is None else together.coarse
+        if out.dtype == self.dtype and out.dtype.isnative and not loader.reads_from(out):
+            loader.read(box.start, box.stop, out)
         else:
-            out[...] = self[box]
+            region = np.empty(box.shape, self.dtype)
+            loader.read(box.start, box.stop, region)
+            out[...] = region
         return out
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:

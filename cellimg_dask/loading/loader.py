@@ -107,6 +107,7 @@ class CellLoader:
         else:
             self._apply = partial(blocks.apply, self.job)
         self._fresh = function.fresh or (blocks is not None and blocks.copies)
+        self._runs_here = blocks is None
         self._cells = None if queue is None else queue.cells
         self._dependents: weakref.WeakSet[CellLoader] = weakref.WeakSet()
         self._dependents_lock = threading.Lock()
@@ -373,6 +374,16 @@ class CellLoader:
             return self._compute_owned(index, self.readers if readers is None else readers)
         compute = partial(self._compute_owned, readers=self.readers)
         return self.lasting.load(disk, index, compute)
+
+    def compute_in_passing(self, index: int) -> NDArray[Any]:
+        """Compute a cell, past the cache, for who is done with it before this thread goes on.
+
+        It may be a view of an input, or a buffer that the function will use again.
+        """
+        if self.shelf.cache.disk is not None or not self._runs_here:
+            return self.compute_owned(index)
+        result = self._compute(self.plan(index), self.readers, None)
+        return np.asarray(result, self.dtype)
 
     def _compute_owned(self, index: int, readers: Sequence[Reader]) -> NDArray[Any]:
         plan = self.plan(index)

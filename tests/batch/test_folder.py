@@ -146,3 +146,19 @@ def test_a_file_in_the_way_is_no_content(tmp_path):
 def test_systems_without_folders_to_sync(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "O_DIRECTORY")
     folders.sync_folder(tmp_path)
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(folder):
+    unique = "0123456789abcdef" * 2
+    kept = ["a", "deep/er/b.part", "deep/my__lock", f"c.{unique}", f"{unique}.part", "d.partial"]
+    left = [f"a.{unique}.part", f"deep/er/b.json.{unique}.part", "deep/0.__lock"]
+    left.append(f"deep/0.{unique}.partial")
+    for name in kept + left:
+        folder.write(name, b"x")
+    folder.sweep()
+    if isinstance(folder, LocalFolder):
+        files = [path for path in folder.path.rglob("*") if path.is_file()]
+        assert {path.relative_to(folder.path).as_posix() for path in files} == set(kept)
+    else:
+        # Nobody writes there under other names.
+        assert set(folder.names("")) == set(kept + left)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,15 +17,15 @@ from pathlib import Path
 import pytest
 
 from cellimg_dask.batch.folder import open_folder
-from cellimg_dask.batch.lock import RunLock, TargetInUseError
+from cellimg_dask.batch.lock import Permit, RunLock, TargetInUseError
 from cellimg_dask.blocks.errors import CellimgError
 
 HOLDER = """
 import sys, time
 from cellimg_dask.batch.folder import open_folder
 from cellimg_dask.batch.lock import RunLock
-with RunLock(open_folder(sys.argv[1]), "out.zarr"):
-    print("held", flush=True)
+with RunLock(open_folder(sys.argv[1]), "out.zarr") as lock:
+    print(lock.permit.token, flush=True)
     sys.stdin.readline()
 """
 
@@ -92,7 +93,7 @@ def test_a_killed_process_holds_nothing(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline()
         with (
             pytest.raises(TargetInUseError, match=f"process {process.pid} on "),
             RunLock(open_folder(str(tmp_path)), "out.zarr"),
@@ -156,5 +157,85 @@ def test_a_file_system_without_locks_says_so(tmp_path, monkeypatch):
         pytest.raises(OSError, match="No locks available"),
         RunLock(open_folder(str(tmp_path)), "out.zarr"),
     ):
+        pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+# ---------------------------------------------------------------- leave to write
+
+
+def test_who_writes_has_the_permit_of_the_run_that_lasts(folder):
+    with RunLock(folder, "out.zarr") as first:
+        # It travels to the workers.
+        permit = pickle.loads(pickle.dumps(first.permit))
+        with permit.writing(), permit.writing():
+            pass
+    with pytest.raises(TargetInUseError, match=r"out\.zarr: the worker stores nothing more"):
+        permit.writing().__enter__()
+    with RunLock(folder, "out.zarr") as second:
+        with pytest.raises(TargetInUseError, match="another one has taken over"):
+            permit.writing().__enter__()
+        with second.permit.writing():
+            pass
+
+
+def test_a_killed_run_leaves_its_workers_their_permit_until_the_next(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        permit = Permit(open_folder(str(tmp_path)), "out.zarr", process.stdout.readline().strip())
+        process.send_signal(signal.SIGKILL)
+    with permit.writing():
+        pass
+    with RunLock(open_folder(str(tmp_path)), "out.zarr"), pytest.raises(TargetInUseError):
+        permit.writing().__enter__()
+
+
+def test_a_run_waits_for_cells_that_an_earlier_one_is_storing(tmp_path):
+    folder, happened = open_folder(str(tmp_path)), []
+    with RunLock(folder, "out.zarr") as first:
+        token = first.permit.token
+    # As if the run had been killed and not ended.
+    (tmp_path / "permit").write_text(token)
+
+    def begin():
+        with RunLock(folder, "out.zarr"):
+            happened.append("begun")
+
+    with first.permit.writing():
+        beginning = threading.Thread(target=begin)
+        beginning.start()
+        # From here on no other cell is begun.
+        while (tmp_path / "permit").read_text() == token:
+            time.sleep(0.001)
+        with pytest.raises(TargetInUseError):
+            first.permit.writing().__enter__()
+        happened.append("stored")
+    beginning.join()
+    assert happened == ["stored", "begun"]
+
+
+def test_it_waits_in_bounded_time(tmp_path, monkeypatch):
+    from cellimg_dask.batch import lock
+
+    monkeypatch.setattr(lock, "_WRITERS_S", 0.02)
+    folder = open_folder(str(tmp_path))
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with RunLock(folder, "out.zarr") as first, first.permit.writing():
+        # As if the process with the lock had been killed, and not the one that writes.
+        os.close(first._descriptor)
+        first._descriptor = None
+        with (
+            pytest.raises(
+                TargetInUseError, match=r"has been storing a cell of out\.zarr for 0\.02"
+            ),
+            RunLock(folder, "out.zarr"),
+        ):
+            pass
+        first._descriptor = os.open(tmp_path / "lock.json", os.O_RDWR)
+    with RunLock(folder, "out.zarr"):
         pass
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors

@@ -115,6 +115,34 @@ def test_fill_values_are_values_of_the_dtype(dtype, value, fits):
             layout(dtype=dtype, fill_value=value)
 
 
+@pytest.mark.filterwarnings("ignore:The data type:zarr.errors.UnstableSpecificationWarning")
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("M8[s]", ["1970-01-01", "2001-02-03"]),
+        ("m8[us]", [0, 5]),
+        ("S4", [b"", b"abc"]),
+        ("U3", ["", "xyz"]),
+        ([("a", "f4"), ("b", "i2")], [(0, 0), (1.5, -2)]),
+    ],
+    ids=str,
+)
+def test_by_default_zero_is_that_of_the_dtype(tmp_path, dtype, values):
+    grid, data = CellGrid((2,), (1,)), np.array(values, dtype)
+    where = str(tmp_path / "out.zarr")
+    Layout.of(grid, data.dtype).create(where, overwrite=False)
+    stored = Target(where, grid)
+    for index in range(2):
+        stored.write(index, data[index : index + 1])
+    assert stored.array.fill_value == data[0]
+    assert (stored.array[:] == data).all()
+
+
+def test_python_objects_cannot_be_stored():
+    with pytest.raises(TypeError, match="dtype object cannot be stored"):
+        layout(dtype=object)
+
+
 def test_small_images_have_small_chunks(tmp_path):
     small = layout(CellGrid((3, 5), 64), chunks=(64, 8))
     assert small.chunks == (3, 5)

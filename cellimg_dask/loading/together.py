@@ -8,14 +8,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cellimg_dask.batch.memory import project
 from cellimg_dask.blocks.functions import ArrayFunction
 from cellimg_dask.blocks.plan import Planner
 from cellimg_dask.geometry import CellGrid, as_ints, tiles
 from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.loading.memory import Room
 from cellimg_dask.state.cache import CellCache
 
 __all__ = ["Together", "cells_together"]
+
+# So that threads end at about the same time.
+_CALLS_PER_THREAD = 8
 
 
 class Together:
@@ -92,7 +95,7 @@ class Together:
             yield index, data[places[index]]
 
 
-def cells_together(loader: CellLoader, value: Any, num_workers: int, limit: int) -> Together | None:
+def cells_together(loader: CellLoader, value: Any, rooms: Sequence[Room]) -> Together | None:
     """Return what computes several cells in one call; None where each has its own.
 
     Parameters
@@ -101,11 +104,9 @@ def cells_together(loader: CellLoader, value: Any, num_workers: int, limit: int)
         Of the image.
     value : int, ints, "auto" or None
         How many cells along each axis; ``"auto"``: more along the axes on which the halo is
-        widest for the cell, as far as ``limit`` goes and all workers have enough to do.
-    num_workers : int
-        How many calls run at the same time.
-    limit : int
-        Bytes that the run may take.
+        widest for the cell, as far as there is room and all threads have enough to do.
+    rooms : sequence of Room
+        Where blocks run.
 
     Raises
     ------
@@ -117,7 +118,7 @@ def cells_together(loader: CellLoader, value: Any, num_workers: int, limit: int)
     grid = loader.grid
     reason = _refusal(loader)
     if value == "auto":
-        per_call = (1,) * grid.ndim if reason else _grown(loader, num_workers, limit)
+        per_call = (1,) * grid.ndim if reason else _grown(loader, rooms)
     else:
         per_call = as_ints(value, "cells_per_call", ndim=grid.ndim, minimum=1)
         if reason and prod(per_call) > 1:
@@ -133,7 +134,7 @@ def _refusal(loader: CellLoader) -> str | None:
     return None
 
 
-def _grown(loader: CellLoader, num_workers: int, limit: int) -> tuple[int, ...]:
+def _grown(loader: CellLoader, rooms: Sequence[Room]) -> tuple[int, ...]:
     grid = loader.grid
     per_call = [1] * grid.ndim
     widths = [0.0] * grid.ndim
@@ -152,18 +153,15 @@ def _grown(loader: CellLoader, num_workers: int, limit: int) -> tuple[int, ...]:
         for axis in sorted(gains, key=lambda axis: -gains[axis]):
             tried = list(per_call)
             tried[axis] *= 2
-            if _fits(loader, tuple(tried), num_workers, limit):
+            if _fits(loader, tuple(tried), rooms):
                 per_call = tried
                 break
         else:
             return tuple(per_call)
 
 
-def _fits(loader: CellLoader, per_call: tuple[int, ...], num_workers: int, limit: int) -> bool:
+def _fits(loader: CellLoader, per_call: tuple[int, ...], rooms: Sequence[Room]) -> bool:
     together = Together(loader, per_call)
-    enough = together.coarse.grid.num_cells >= _CALLS_PER_WORKER * num_workers
-    return enough and project(together.coarse, num_workers).total <= limit
-
-
-# So that workers end at about the same time.
-_CALLS_PER_WORKER = 8
+    threads = sum(room.num_threads for room in rooms)
+    enough = together.coarse.grid.num_cells >= _CALLS_PER_THREAD * threads
+    return enough and all(room.has_room(together.coarse) for room in rooms)

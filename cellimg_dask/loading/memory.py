@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
+from cellimg_dask.blocks.errors import CellError
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.readers import ChunkedReader
 
-__all__ = ["Projection", "project"]
+__all__ = ["Projection", "Room", "project"]
 
 _FUNCTION_FACTOR = 2.0
 
@@ -40,6 +41,45 @@ class Projection:
         )
 
 
+@dataclass(frozen=True)
+class Room:
+    """A process in which blocks run, and what it may take."""
+
+    num_threads: int
+    """How many compute at the same time."""
+    max_bytes: int
+    """Bytes that it may take."""
+    max_cache: int | None = None
+    """Bound that its cache is given on the way, if any."""
+    name: str = "the run"
+    """How messages call it."""
+
+    def has_room(self, loader: CellLoader) -> bool:
+        """Whether an image can be computed here."""
+        return self._projected(loader).total <= self.max_bytes
+
+    def check(self, loader: CellLoader) -> None:
+        """Refuse an image that takes more.
+
+        Raises
+        ------
+        MemoryError
+            With the numbers.
+        """
+        if not self.has_room(loader):
+            raise MemoryError(
+                f"{self.name} would take about {self._projected(loader)}, and "
+                f"{self.max_bytes / (1 << 20):,.0f} MiB are allowed: use smaller cells, fewer "
+                f"workers, or a smaller cache (set_cache), or give max_memory"
+            )
+
+    def _projected(self, loader: CellLoader) -> Projection:
+        projected = project(loader, self.num_threads)
+        if self.max_cache is None:
+            return projected
+        return replace(projected, cache=min(projected.cache, self.max_cache))
+
+
 def project(
     loader: CellLoader, num_workers: int, *, factor: float = _FUNCTION_FACTOR
 ) -> Projection:
@@ -54,7 +94,11 @@ def project(
     # A cell in the middle has its full halo; the first one has the full extent of a cell.
     largest = 0
     for index in {0, grid.index(tuple(n // 2 for n in grid.grid_shape))}:
-        plan = loader.plan(index)
+        try:
+            plan = loader.plan(index)
+        except CellError:
+            # It will be reported, and takes no memory.
+            continue
         read = sum(
             prod(window.length for window in windows) * reader.dtype.itemsize
             for windows, reader in zip(plan.windows, loader.readers, strict=True)
