@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from time import monotonic, perf_counter
 from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
@@ -13,6 +13,7 @@ from dask.task_spec import DataNode, Task, TaskRef
 from distributed import wait
 from distributed.scheduler import KilledWorker
 
+from cellimg_dask.batch.shares import Shares
 from cellimg_dask.batch.work import Committer, Outcome, Work, with_keys
 from cellimg_dask.blocks.errors import NoWorkersError, WorkerDiedError
 from cellimg_dask.loading.content import ContentKeys
@@ -21,9 +22,11 @@ from cellimg_dask.queues.tasks import dask_name, fit_cache
 
 __all__ = ["compute_on_cluster"]
 
-_TASK_S = 100e-3
+# What a killed worker has committed is not lost with its task.
+_TASK_S = 300e-3
 _LARGEST_TASK = 1000
 _LOOK_EVERY_S = 1.0
+_ANYBODY = ""
 
 T = TypeVar("T")
 
@@ -38,7 +41,8 @@ def compute_on_cluster(
 ) -> None:
     """Have cells computed and committed by workers; ``record`` hears of each.
 
-    Tasks hold as many cells as take about a tenth of a second. Cells that were under way on a
+    Tasks hold as many cells as take about a third of a second, and a worker gets neighbours, so
+    that it decodes few chunks that another one decodes too. Cells that were under way on a
     worker that died are tried again one by one, with nothing beside them, so that the one at
     fault is found and its neighbours are not blamed.
 
@@ -49,8 +53,8 @@ def compute_on_cluster(
     """
     crowd = _Crowd(cells, committer, keys, timeout_s, record)
     try:
-        suspects = crowd.go(deque(groups), alone=False)
-        crowd.go(deque([index] for index in suspects), alone=True)
+        suspects = crowd.go(groups, alone=False)
+        crowd.go([[index] for index in suspects], alone=True)
     finally:
         crowd.release()
 
@@ -73,30 +77,32 @@ class _Crowd:
         self._record_outcome = record
         self._prefix = f"{dask_name(committer.loader)}-run-{uuid4().hex[:8]}"
         self._definition_prefix = f"{self._prefix}-definition-"
-        self._under_way: dict[Any, list[Work]] = {}
+        self._under_way: dict[Any, tuple[str, list[Work]]] = {}
+        """Tasks, with the workers they were meant for."""
         self._seconds: float | None = None
         self._progress_at = monotonic()
         self._asked_at = -_LOOK_EVERY_S
-        self._threads: list[int] = []
+        self._threads: dict[str, int] = {}
         """Of each worker."""
         self._deaths: dict[int, int] = {}
         """How many workers died with a cell that was computed alone."""
         self._definition = self._define()
 
-    def go(self, todo: deque[Sequence[int]], *, alone: bool) -> list[int]:
+    def go(self, groups: Sequence[Sequence[int]], *, alone: bool) -> list[int]:
         """Do cells; return those that were under way when a worker died, or blame them."""
         suspects: list[int] = []
+        todo = Shares(groups)
         while todo or self._under_way:
-            most = 1 if alone else 2 * self._num_threads()
-            while todo and len(self._under_way) < most:
-                size = 1 if alone else self._size(len(todo))
-                self._submit([todo.popleft() for _ in range(min(size, len(todo)))])
+            if not alone:
+                self._hand_out(todo)
+            elif not self._under_way:
+                self._submit(todo.take(_ANYBODY, 1), _ANYBODY)
             for future in self._wait():
                 if future.status == "finished":
                     self._take(future)
                 elif future.status == "error":
                     error = future.exception()
-                    works = self._under_way.pop(future)
+                    _, works = self._under_way.pop(future)
                     future.release()
                     if not isinstance(error, KilledWorker):
                         raise error
@@ -104,7 +110,7 @@ class _Crowd:
                         # What every task needs, and no cell: it is sent anew.
                         if error.task == self._definition.key:
                             self._definition = self._define()
-                        todo.extend([index for index, _ in work] for work in works)
+                        todo.put_back([index for index, _ in work] for work in works)
                         continue
                     lost = self._lost(works)
                     if not alone:
@@ -112,8 +118,21 @@ class _Crowd:
                     elif any(self._is_guilty(index, error) for index in lost):
                         self._record(self._guilty(lost[0], error))
                     else:
-                        todo.extend([index] for index in lost)
+                        todo.put_back([index] for index in lost)
         return suspects
+
+    def _hand_out(self, todo: Shares[Sequence[int]]) -> None:
+        """Give each worker so much that it has the next task when it is done with one."""
+        threads = self._threads_of_workers()
+        todo.keep(threads)
+        busy = Counter(worker for worker, _ in self._under_way.values())
+        while todo:
+            hungry = [worker for worker, number in threads.items() if busy[worker] < 2 * number]
+            if not hungry:
+                return
+            for worker in hungry:
+                busy[worker] += 1
+                self._submit(todo.take(worker, self._size(len(todo))), worker)
 
     def _take(self, future: Any) -> None:
         """Record what came of a task; nothing if its worker has died meanwhile."""
@@ -122,7 +141,7 @@ class _Crowd:
             # It is done again, by a worker that finds the cells committed.
             return
         outcomes, seconds = result
-        works = self._under_way.pop(future)
+        _, works = self._under_way.pop(future)
         future.release()
         self._seconds = seconds / len(works)
         for outcome in outcomes:
@@ -136,20 +155,22 @@ class _Crowd:
         """Return how many groups of cells a task should have."""
         if self._seconds is None:
             return 1
-        fair = left // (2 * self._num_threads())
+        fair = left // (2 * sum(self._threads_of_workers().values()))
         return max(1, min(round(_TASK_S / max(self._seconds, 1e-6)), _LARGEST_TASK, fair))
 
     def _define(self) -> Any:
         """Send what every task needs, under a new key."""
         key = f"{self._definition_prefix}{uuid4().hex[:8]}"
-        return self._get(key, DataNode(key, self._committer))
+        return self._get(key, DataNode(key, self._committer), _ANYBODY)
 
-    def _submit(self, groups: list[Sequence[int]]) -> None:
+    def _submit(self, groups: list[Sequence[int]], worker: str) -> None:
         works = [work for work in map(self._with_keys, groups) if work]
         if works:
             key = f"{self._prefix}-{uuid4().hex}"
-            future = self._get(key, Task(key, _commit, TaskRef(self._definition.key), works))
-            self._under_way[future] = works
+            future = self._get(
+                key, Task(key, _commit, TaskRef(self._definition.key), works), worker
+            )
+            self._under_way[future] = worker, works
 
     def _with_keys(self, group: Sequence[int]) -> Work:
         work, failed = with_keys(self._committer.loader, self._keys, group)
@@ -157,14 +178,18 @@ class _Crowd:
             self._record(outcome)
         return work
 
-    def _get(self, key: str, task: Any) -> Any:
-        client, resources = self._cells.client, self._cells.resources or None
-        futures = self._ask(lambda: client.get({key: task}, [key], sync=False, resources=resources))
+    def _get(self, key: str, task: Any, worker: str) -> Any:
+        client = self._cells.client
+        where: dict[str, Any] = {"resources": self._cells.resources or None}
+        if worker != _ANYBODY:
+            # Where its neighbours are read, unless that one is lost.
+            where |= {"workers": [worker], "allow_other_workers": True}
+        futures = self._ask(lambda: client.get({key: task}, [key], sync=False, **where))
         assert futures is not None
         return futures[0]
 
-    def _num_threads(self) -> int:
-        """Return how many tasks the workers can do at the same time; at least 1."""
+    def _threads_of_workers(self) -> dict[str, int]:
+        """Return how many tasks each worker can do at the same time."""
         if monotonic() - self._asked_at > _LOOK_EVERY_S:
             self._asked_at = monotonic()
             client = self._cells.client
@@ -173,13 +198,16 @@ class _Crowd:
             )
             # A scheduler may say nothing for a while; in the end it is want of progress.
             if found is not None:
-                self._threads = list(map(int, found.values()))
-        return max(1, sum(self._threads))
+                self._threads = {worker: int(number) for worker, number in found.items()}
+        if self._cells.resources or not self._threads:
+            # The scheduler knows who has them, or who comes.
+            return {_ANYBODY: max(1, sum(self._threads.values()))}
+        return self._threads
 
     def _wait(self) -> list[Any]:
         """Return what has ended, perhaps nothing yet; raise if nothing has been for too long."""
         if monotonic() - self._progress_at > self._timeout_s:
-            self._num_threads()
+            self._threads_of_workers()
             raise NoWorkersError(
                 f"no cell was done for {self._timeout_s:g} s, with {len(self._threads)} workers; "
                 f"start workers, or give a longer timeout_s if cells take so long, and run again: "
@@ -259,12 +287,24 @@ def _commit(committer: Committer, works: list[Work]) -> tuple[list[Outcome], flo
     fit_cache()
     began = perf_counter()
     outcomes: list[Outcome] = []
-    for work in works:
-        # A client that was killed has no use for them, and the next run would do them again.
-        with committer.permit.writing():
-            pass
-        # Some may have been committed by a worker that died before it could say so.
-        before = {index: committer.done_before(index, key) for index, key in work}
-        outcomes += [outcome for outcome in before.values() if outcome is not None]
-        outcomes += committer.commit([cell for cell in work if before[cell[0]] is None])
+    under_way: Future[list[Outcome]] | None = None
+    # Blocks run here, one at a time, and the one before is stored meanwhile.
+    # What the next one reads is decoded, too.
+    with ThreadPoolExecutor(1) as storing, ThreadPoolExecutor(1) as reading:
+        for work, following in zip(works, [*works[1:], []], strict=True):
+            reading.submit(committer.read_ahead, following)
+            # A client that was killed has no use for them, and the next run would do them again.
+            with committer.permit.writing():
+                pass
+            # Some may have been committed by a worker that died before it could say so.
+            before = {index: committer.done_before(index, key) for index, key in work}
+            outcomes += [outcome for outcome in before.values() if outcome is not None]
+            left = [cell for cell in work if before[cell[0]] is None]
+            for cells, failed in committer.compute(left, lasting=True):
+                outcomes += failed
+                if under_way is not None:
+                    outcomes += under_way.result()
+                under_way = storing.submit(committer.store, cells)
+        if under_way is not None:
+            outcomes += under_way.result()
     return outcomes, perf_counter() - began

@@ -35,7 +35,7 @@ from cellimg_dask.loading.together import cells_together
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, memory_bytes
 
-__all__ = ["run"]
+__all__ = ["run", "threads_for"]
 
 
 def run(
@@ -159,7 +159,7 @@ def run(
         max_memory = as_int(max_memory, "max_memory", minimum=1)
     rooms = _rooms(loader.queue, crew, max_memory)
     together = cells_together(loader, cells_per_call, rooms)
-    for room in rooms:
+    for room in set(rooms):
         room.check(loader if together is None else together.coarse)
     manifest = Manifest(where)
     with closing(crew), RunLock(manifest.folder, where) as lock:
@@ -237,22 +237,26 @@ def _forget_files(loader: CellLoader) -> None:
 def _crew(queue: Any) -> Crew:
     # A cluster may have no workers just now.
     workers = usable_cores() if queue is None else max(1, queue.num_workers)
-    # More than compute at a time: while some wait for the disk, others compute.
-    return Crew(2 * workers, spare_tiny=False)
+    return Crew(threads_for(workers), spare_tiny=False)
+
+
+def threads_for(num_workers: int) -> int:
+    """Return how many threads work on cells: while some wait for the disk, others compute."""
+    return 2 * num_workers
 
 
 def _rooms(queue: Any, crew: Crew, max_memory: int | None) -> list[Room]:
-    """Return the processes in which blocks run, each kind once."""
+    """Return the processes in which blocks run."""
     if queue is None or queue.cells is None:
         return [Room(crew.num_threads, memory_bytes() if max_memory is None else max_memory)]
     cells: Any = queue.cells
-    rooms: set[Room] = set()
-    for worker in cells._workers().values():
+    rooms = []
+    for worker in cells.workers().values():
         own = worker.get("memory_limit") or memory_bytes()
         limit = own if max_memory is None else min(own, max_memory)
         # There the cache is bounded by a quarter, see `fit_cache`.
-        rooms.add(Room(worker["nthreads"], limit, own // 4, "a worker of the cluster"))
-    return sorted(rooms, key=lambda room: room.max_bytes)
+        rooms.append(Room(worker["nthreads"], limit, own // 4, "a worker of the cluster"))
+    return rooms
 
 
 def _create(

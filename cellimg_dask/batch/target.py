@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -259,14 +259,12 @@ class Target:
         return [encode(self._objects.position(number)) for number, _, _ in parts]
 
     def checksums(self, index: int) -> dict[str, Any]:
-        """Return size and hash of each stored object of a cell; None where there is none."""
+        """Return size and CRC-32C of each stored object of a cell; None where there is none."""
         found: dict[str, Any] = {}
         for name in self.objects(index):
             content = self._folder.read(name)
             found[name] = (
-                None
-                if content is None
-                else [len(content), hashlib.sha256(content).hexdigest()[:32]]
+                None if content is None else [len(content), f"{google_crc32c.value(content):08x}"]
             )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,13 @@ from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.together import Together
 
-__all__ = ["Committer", "Outcome", "Work", "with_keys"]
+__all__ = ["Committer", "Computed", "Outcome", "Work", "with_keys"]
 
 Work = Sequence[tuple[int, str]]
 """Cells with their content keys, to be computed in one call where that is possible."""
+
+Computed = tuple[int, str, NDArray[Any]]
+"""A cell with its content key and its voxels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +58,48 @@ class Committer:
     """How often a cell that fails is tried again."""
 
     def commit(self, work: Work) -> Iterator[Outcome]:
-        """Do some cells; errors of the disk, unlike those of cells, are raised.
+        """Compute and store some cells; errors of the disk, unlike those of cells, are raised."""
+        for cells, failed in self.compute(work):
+            yield from failed
+            yield from self.store(cells)
+
+    def compute(
+        self, work: Work, *, lasting: bool = False
+    ) -> Iterator[tuple[list[Computed], list[Outcome]]]:
+        """Yield cells that were computed by one call, and what became of those that failed.
 
         If a call for several cells fails they are computed one by one: the error is then that of
         a cell, and the others are not affected.
+
+        With ``lasting`` voxels stay as they are while more is computed; without, the function may
+        give the same memory again.
         """
         left = dict(work)
         if self.together is not None and len(left) > 1:
             box = self.together.box_of(next(iter(left)))
             try:
                 with self.loader.crew().working():
-                    data = self.together.coarse.compute_in_passing(box)
+                    data = _computed(self.together.coarse, box, lasting)
             except CellError:
                 pass
             else:
                 cut = self.together.cut(box, data, list(left))
-                yield from self._store([(index, left.pop(index), cell) for index, cell in cut])
+                yield [(index, left.pop(index), cell) for index, cell in cut], []
         for index, key in left.items():
-            yield self._alone(index, key)
+            cell = self._alone(index, lasting)
+            yield ([], [cell]) if isinstance(cell, Outcome) else ([(index, key, cell)], [])
+
+    def read_ahead(self, work: Work) -> None:
+        """Decode the chunks that computing some cells will read; nothing that fails is told."""
+        indices = [index for index, _ in work]
+        if self.together is not None and len(indices) > 1:
+            loader, indices = self.together.coarse, [self.together.box_of(indices[0])]
+        else:
+            loader = self.loader
+        # It will be told when the cell is computed.
+        with suppress(Exception):
+            for index in indices:
+                loader.read_ahead(index)
 
     def done_before(self, index: int, key: str) -> Outcome | None:
         """Return the outcome of a cell that is committed already, else None."""
@@ -80,19 +108,7 @@ class Committer:
         sizes = self.stored.sizes(index).values()
         return Outcome(index, None, sum(size or 0 for size in sizes))
 
-    def _alone(self, index: int, key: str) -> Outcome:
-        for attempt in range(self.retries + 1):
-            try:
-                with self.loader.crew().working():
-                    data = self.loader.compute_in_passing(index)
-                break
-            except CellError as error:
-                if attempt == self.retries:
-                    return Outcome(index, error, 0)
-        (outcome,) = self._store([(index, key, data)])
-        return outcome
-
-    def _store(self, cells: Sequence[tuple[int, str, NDArray[Any]]]) -> list[Outcome]:
+    def store(self, cells: Sequence[Computed]) -> list[Outcome]:
         """Store cells at the same time, and mark each when it is on the disk."""
         begun: list[Callable[[], Outcome]] = []
         with self.permit.writing():
@@ -103,6 +119,18 @@ class Committer:
                 # Whatever happened: nothing may be written any more without the permit.
                 outcomes = _all_of(begun)
         return outcomes
+
+    def _alone(self, index: int, lasting: bool) -> NDArray[Any] | Outcome:
+        """Return a cell, or why it could not be computed."""
+        attempt = 0
+        while True:
+            try:
+                with self.loader.crew().working():
+                    return _computed(self.loader, index, lasting)
+            except CellError as error:
+                if attempt == self.retries:
+                    return Outcome(index, error, 0)
+                attempt += 1
 
     def _begin(self, index: int, key: str, data: NDArray[Any]) -> Callable[[], Outcome]:
         # A worker that was given up may have gone on.
@@ -120,6 +148,10 @@ class Committer:
             return Outcome(index, None, sum(entry[0] for entry in objects.values() if entry))
 
         return finish
+
+
+def _computed(loader: CellLoader, index: int, lasting: bool) -> NDArray[Any]:
+    return loader.compute_owned(index) if lasting else loader.compute_in_passing(index)
 
 
 def _all_of(steps: Sequence[Callable[[], Outcome]]) -> list[Outcome]:

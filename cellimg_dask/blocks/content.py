@@ -374,7 +374,8 @@ _FLAGS = 0x3FF & ~0x10
 
 
 def _hash(content: Any) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    # Processors have instructions for it: twice as quick as BLAKE2b on those of today.
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _field(part: Any) -> Any:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     import cellimg_dask as ci
     from cellimg_dask.batch.spec import InputSpec, RunSpec, SlurmSpec
+    from cellimg_dask.loading.loader import CellLoader
+    from cellimg_dask.loading.memory import Room
 
 __all__ = ["plan", "run", "status"]
 
@@ -343,14 +345,18 @@ def _slurm(spec: SlurmSpec, *, start: bool) -> Iterator[Any]:
 def _projected(spec: RunSpec, image: ci.CellImg) -> dict[str, str]:
     from dask.utils import format_bytes
 
-    from cellimg_dask.loading.memory import project
+    from cellimg_dask.loading.together import cells_together
 
     grid, loader = image.grid, image.loader
-    workers = spec.queue.num_workers or 2
-    projected = project(loader, workers)
+    rooms = _rooms(spec)
+    together = cells_together(loader, spec.cells_per_call, rooms)
+    computing = loader if together is None else together.coarse
+    calls = computing.grid.num_cells
     read = 0
-    if grid.num_cells:
-        middle = loader.plan(grid.index(tuple(n // 2 for n in grid.grid_shape)))
+    if calls:
+        middle = computing.plan(
+            computing.grid.index(tuple(n // 2 for n in computing.grid.grid_shape))
+        )
         read = sum(
             prod(window.length for window in windows) * reader.dtype.itemsize
             for windows, reader in zip(middle.windows, loader.readers, strict=True)
@@ -360,9 +366,40 @@ def _projected(spec: RunSpec, image: ci.CellImg) -> dict[str, str]:
         "shape": f"{image.shape} {image.dtype}, {format_bytes(image.nbytes)}",
         "cells": f"{grid.num_cells:,} of {grid.cell_shape}, {grid.grid_shape} in the grid",
         "function": loader.function.name,
-        "read": f"{format_bytes(read * grid.num_cells)} by all blocks together, "
-        f"{read * grid.num_cells / max(own, 1):.2f} times the inputs because of the halo",
+        "read": f"{format_bytes(read * calls)} by all blocks together, "
+        f"{read * calls / max(own, 1):.2f} times the inputs because of the halo",
         "written": f"{format_bytes(image.nbytes)} before compression, to {spec.target}",
-        "memory": str(projected),
-        "tasks": f"{grid.num_cells:,}, one per cell",
+        "memory": "; ".join(_memory(room, computing) for room in dict.fromkeys(rooms))
+        or "not known before there are workers",
+        "calls": f"{calls:,}, one per cell"
+        if together is None
+        else f"{calls:,}, of {together.per_call} cells each",
     }
+
+
+def _rooms(spec: RunSpec) -> list[Room]:
+    """Return where blocks would run, as far as it is known without looking at a cluster."""
+    from dask.utils import parse_bytes
+
+    from cellimg_dask.batch.run import threads_for
+    from cellimg_dask.loading.crew import usable_cores
+    from cellimg_dask.loading.memory import Room
+    from cellimg_dask.state.cache import memory_bytes
+
+    queue, slurm = spec.queue, spec.queue.slurm
+    if slurm is not None:
+        own = parse_bytes(slurm.memory) // slurm.processes
+        limit = own if spec.max_memory is None else min(own, spec.max_memory)
+        threads = max(1, slurm.cores // slurm.processes)
+        worker = Room(threads, limit, own // 4, "each worker of the cluster")
+        return [worker] * (slurm.jobs * slurm.processes)
+    if "://" in queue.backend:
+        return []
+    threads = threads_for(queue.num_workers or usable_cores())
+    return [Room(threads, memory_bytes() if spec.max_memory is None else spec.max_memory)]
+
+
+def _memory(room: Room, loader: CellLoader) -> str:
+    mib = room.max_bytes / (1 << 20)
+    text = f"{room.name} {room.projected(loader)}; {mib:,.0f} MiB are allowed"
+    return text if room.has_room(loader) else f"{text}: TOO MUCH, the run will be refused"

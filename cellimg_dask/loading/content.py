@@ -28,6 +28,10 @@ _SCHEMA = 1
 _REMEMBERED = 1 << 16
 
 
+Described = dict[int, tuple[Any, str]]
+"""Of inputs that are zarr arrays: the metadata, and their digest, which takes long to make."""
+
+
 class Image(Protocol):
     """What has to be known of the loader of an image."""
 
@@ -125,6 +129,7 @@ class _ImageKeys:
         self._lock = threading.Lock()
         self._known: dict[int, str] = {}
         self._edition = loader.edition
+        self._described: Described = {}
 
     def images_read(self) -> list[tuple[int, Any]]:
         """Return number and reader of the inputs that are images and have no version."""
@@ -170,7 +175,7 @@ class _ImageKeys:
                 grid, image = self.upstream[number]
                 contents.append([found[image, cell] for cell in _met(grid, boxes)])
             else:
-                contents.append(_stored(reader, boxes, number))
+                contents.append(_stored(reader, boxes, number, self._described))
         return digest([self._definition, plan.index, *contents])
 
 
@@ -227,14 +232,14 @@ def _met(grid: Any, boxes: Sequence[Box]) -> list[int]:
     return sorted(found)
 
 
-def _stored(reader: Reader, boxes: Sequence[Box], number: int) -> Any:
+def _stored(reader: Reader, boxes: Sequence[Box], number: int, described: Described) -> Any:
     if isinstance(reader, ArrayReader):
         return [array_content(reader.read(box)) for box in boxes]
     array: Any = getattr(reader, "array", reader)
     if isinstance(reader, ChunkedReader):
         array = stored_array(reader)
         if type(array).__module__.startswith("zarr."):
-            return _zarr(array, reader, boxes, number)
+            return _zarr(array, reader, boxes, number, described)
     module = type(array).__module__.partition(".")[0]
     if module == "h5py":
         return ["h5py", array.name, array.file.filename, _file(Path(array.file.filename))]
@@ -244,7 +249,9 @@ def _stored(reader: Reader, boxes: Sequence[Box], number: int) -> Any:
     )
 
 
-def _zarr(array: Any, reader: ChunkedReader, boxes: Sequence[Box], number: int) -> Any:
+def _zarr(
+    array: Any, reader: ChunkedReader, boxes: Sequence[Box], number: int, described: Described
+) -> Any:
     store = array.store
     if type(store).__name__ == "MemoryStore":
         return [array_content(reader.tile(index)) for index in _met(reader.grid, boxes)]
@@ -255,11 +262,14 @@ def _zarr(array: Any, reader: ChunkedReader, boxes: Sequence[Box], number: int) 
             f"seen: give Input(array, version=…), a text that you change with its content"
         )
     folder = Path(root).resolve() / array.path
-    described = value_content(array.metadata.to_dict() | {"attributes": None}, "metadata")
+    known = described.get(number)
+    if known is None or known[0] is not array.metadata:
+        content = value_content(array.metadata.to_dict() | {"attributes": None}, "metadata")
+        known = described[number] = array.metadata, digest(content)
     grid = CellGrid(array.shape, getattr(array, "shards", None) or array.chunks)
     names = [array.metadata.encode_chunk_key(grid.position(index)) for index in _met(grid, boxes)]
     files = [[name, _file(folder / name)] for name in names]
-    return ["zarr", str(folder), digest(described), files]
+    return ["zarr", str(folder), known[1], files]
 
 
 def _file(path: Path) -> list[int] | None:

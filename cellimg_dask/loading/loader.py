@@ -385,6 +385,14 @@ class CellLoader:
         result = self._compute(self.plan(index), self.readers, None)
         return np.asarray(result, self.dtype)
 
+    def read_ahead(self, index: int) -> None:
+        """Have the chunks of stores that a cell reads decoded, if the cache has room for them."""
+        plan = self.plan(index)
+        for number, reader in enumerate(self.readers):
+            if isinstance(reader, ChunkedReader):
+                for box in plan.boxes(number):
+                    reader.read_ahead(box)
+
     def _compute_owned(self, index: int, readers: Sequence[Reader]) -> NDArray[Any]:
         plan = self.plan(index)
         result = self._compute(plan, readers, None)

@@ -21,7 +21,7 @@ class Projection:
     block: int
     """A block's inputs with their halo and its result, of the largest cell."""
     worker: int
-    """A worker: its block, and as much again for what the function needs."""
+    """A thread: its block, and as much again for what the function needs."""
     num_workers: int
     """How many compute at the same time."""
     cache: int
@@ -35,7 +35,7 @@ class Projection:
     def __str__(self) -> str:
         mib = 1 << 20
         return (
-            f"{self.total / mib:,.0f} MiB: {self.num_workers} workers × {self.worker / mib:,.1f} "
+            f"{self.total / mib:,.0f} MiB: {self.num_workers} threads × {self.worker / mib:,.1f} "
             f"MiB (a block of {self.block / mib:,.1f} MiB, and its function) + "
             f"{self.cache / mib:,.0f} MiB of cache"
         )
@@ -56,7 +56,7 @@ class Room:
 
     def has_room(self, loader: CellLoader) -> bool:
         """Whether an image can be computed here."""
-        return self._projected(loader).total <= self.max_bytes
+        return self.projected(loader).total <= self.max_bytes
 
     def check(self, loader: CellLoader) -> None:
         """Refuse an image that takes more.
@@ -68,12 +68,13 @@ class Room:
         """
         if not self.has_room(loader):
             raise MemoryError(
-                f"{self.name} would take about {self._projected(loader)}, and "
+                f"{self.name} would take about {self.projected(loader)}, and "
                 f"{self.max_bytes / (1 << 20):,.0f} MiB are allowed: use smaller cells, fewer "
                 f"workers, or a smaller cache (set_cache), or give max_memory"
             )
 
-    def _projected(self, loader: CellLoader) -> Projection:
+    def projected(self, loader: CellLoader) -> Projection:
+        """Return what computing an image takes here."""
         projected = project(loader, self.num_threads)
         if self.max_cache is None:
             return projected

@@ -203,6 +203,17 @@ class ChunkedReader(TiledReader):
         shelf = self.shelf
         super().__init__(grid, dtype, lambda index: shelf.get(index, decode))
 
+    def read_ahead(self, box: Box) -> None:
+        """Decode the chunks of a box, unless they fill most of the cache."""
+        if type(self.array).__module__.startswith("dask."):
+            return
+        _, parts = tiles(self.grid, [part.start for part in box], [part.stop for part in box])
+        left = self.shelf.cache.max_bytes // 4
+        for index, _, _ in parts:
+            left -= self.tile(index).nbytes
+            if left < 0:
+                return
+
     def forget(self, region: Region | None) -> None:
         """Decode again what meets the region; None: everything."""
         self.edition += 1

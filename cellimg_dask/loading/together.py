@@ -164,4 +164,4 @@ def _fits(loader: CellLoader, per_call: tuple[int, ...], rooms: Sequence[Room]) 
     together = Together(loader, per_call)
     threads = sum(room.num_threads for room in rooms)
     enough = together.coarse.grid.num_cells >= _CALLS_PER_THREAD * threads
-    return enough and all(room.has_room(together.coarse) for room in rooms)
+    return enough and all(room.has_room(together.coarse) for room in set(rooms))

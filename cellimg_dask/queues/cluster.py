@@ -124,7 +124,7 @@ class ClusterCells:
             if max_bytes is None:
                 limits = [
                     worker.get("memory_limit") or _MEMORY_WITHOUT_LIMIT
-                    for worker in self._workers().values()
+                    for worker in self.workers().values()
                 ]
                 max_bytes = sum(limits) // 4
             self.held = Held(max_bytes)
@@ -137,9 +137,9 @@ class ClusterCells:
     @property
     def num_workers(self) -> int:
         """How many workers there are at the moment."""
-        return len(self._workers())
+        return len(self.workers())
 
-    def _workers(self) -> dict[str, Any]:
+    def workers(self) -> dict[str, Any]:
         """Return the workers that have what cells need."""
         if self.client.status != "running":
             return {}
@@ -151,11 +151,11 @@ class ClusterCells:
         }
 
     def _num_threads(self) -> int:
-        return max(1, sum(int(worker["nthreads"]) for worker in self._workers().values()))
+        return max(1, sum(int(worker["nthreads"]) for worker in self.workers().values()))
 
     def _wait_for_workers(self, num_workers: int) -> None:
         deadline = monotonic() + self._timeout_s
-        while (found := len(self._workers())) < num_workers:
+        while (found := len(self.workers())) < num_workers:
             if monotonic() > deadline:
                 kind = start = ""
                 if self.resources:
@@ -180,7 +180,7 @@ class ClusterCells:
             while True:
                 if self.client.status != "running":
                     self._fail(None)
-                there = self._workers()
+                there = self.workers()
                 for address in there.keys() - futures.keys():
                     # As tasks and not by client.run, which would run it in the event loop.
                     futures[address] = self.client.submit(
@@ -675,7 +675,7 @@ class ClusterCells:
         """Return since when there has been no worker; raise if there is nothing to wait for."""
         if self._closed or self.client.status != "running":
             self._fail(None)
-        if self._workers():
+        if self.workers():
             return None
         now = monotonic()
         if lonely_since is not None and now - lonely_since > self._timeout_s:

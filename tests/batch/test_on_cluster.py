@@ -50,6 +50,18 @@ def test_equals_the_whole_image(queue, rng, target, go, stored):
     np.testing.assert_allclose(stored(target), smooth(smooth(whole, 1), 2), rtol=1e-5)
 
 
+def test_a_function_that_gives_the_same_memory_again(queue, target, go, stored):
+    buffer = np.empty((4, 8))
+
+    def doubled(array):
+        return np.multiply(array, 2, out=buffer)
+
+    image = np.arange(160 * 8.0).reshape(160, 8)
+    lazy = ci.map_cells(doubled, image, dtype=float, cell_shape=(4, 8))
+    assert go(lazy, target, queue=queue).computed == 40
+    np.testing.assert_array_equal(stored(target), 2 * image)
+
+
 def test_many_small_cells_once_each(queue, target, twice, calls, go, stored):
     image = np.arange(40_000).reshape(400, 100)
     assert go(twice(image, (10, 10)), target, queue=queue).computed == 400

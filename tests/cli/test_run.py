@@ -360,7 +360,7 @@ MISTAKES = {
         "code says nothing of the dtype",
     ),
     "no inputs": ({"inputs": []}, 2, "inputs is empty"),
-    "an unknown entry of an input": ({"inputs": {"path": "in.zarr", "hallo": 1}}, 2, "hallo: no such"),
+    "an unknown entry of an input": ({"inputs": {"path": "in.zarr", "hallo": 1}}, 2, "hallo: no"),
     "an unknown entry of the queue": ({"queue": {"threads": 1}}, 2, "queue.threads"),
     "no workers": ({"queue": {"num_workers": 0}}, 2, "queue.num_workers"),
     "a halo below 0": ({"halo": -1}, 2, "halo: cannot be -1: voxels that a block reads"),
@@ -461,8 +461,15 @@ def test_a_plan_says_what_a_run_would_do(run, write):
     assert facts["function"] == "smooth"
     assert "times the inputs because of the halo" in facts["read"]
     assert facts["written"] == "4.69 kiB before compression, to out.zarr"
-    assert "3 workers" in facts["memory"]
-    assert facts["tasks"] == "6, one per cell"
+    # Twice as many threads as workers: some wait for the disk.
+    assert facts["memory"].startswith("the run ")
+    assert "6 threads" in facts["memory"]
+    assert facts["calls"] == "6, one per cell"
+    small = run("plan", "spec.yaml", "--set", "max_memory=1000")
+    assert "TOO MUCH" in small.stdout
+    together = run("plan", "spec.yaml", "--set", "cells_per_call=2")
+    facts = dict(line.split(maxsplit=1) for line in together.stdout.splitlines())
+    assert facts["calls"] == "2, of (2, 2) cells each"
     made = {path for path in Path().rglob("*") if "__pycache__" not in path.parts} - set(before)
     assert not made
 
@@ -497,6 +504,9 @@ def test_a_plan_shows_the_job_script_of_a_cluster(run, write):
     assert planned.exit_code == 0, planned.output
     assert "#SBATCH -p short" in planned.stdout
     assert "#SBATCH --cpus-per-task=4" in planned.stdout
+    assert "each worker of the cluster" in planned.stdout
+    assert "; 7,629 MiB are allowed" in planned.stdout
+    assert "4 threads" in planned.stdout
     assert signal.getsignal(signal.SIGINT) is before
 
 

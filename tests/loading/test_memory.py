@@ -74,7 +74,7 @@ def test_what_cannot_fit_is_refused_with_numbers_before_anything_is_made(tmp_pat
         with pytest.raises(MemoryError) as refused:
             ci.run(img, target, queue=queue, max_memory=need - 1, progress=False)
         text = str(refused.value)
-        assert f"{need >> 20} MiB: 4 workers × 1.0 MiB (a block of 0.5 MiB" in text
+        assert f"{need >> 20} MiB: 4 threads × 1.0 MiB (a block of 0.5 MiB" in text
         assert "and 4 MiB are allowed" in text
         assert "smaller cells" in text
         assert not target.exists()
