@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from time import monotonic, perf_counter
+from functools import cache
+from time import monotonic, perf_counter, sleep, time
 from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
 
+import psutil
 from dask.task_spec import DataNode, Task, TaskRef
-from distributed import wait
+from distributed import get_worker, wait
 from distributed.scheduler import KilledWorker
 
 from cellimg_dask.batch.shares import Shares
@@ -27,6 +29,7 @@ _TASK_S = 300e-3
 _LARGEST_TASK = 1000
 _LOOK_EVERY_S = 1.0
 _ANYBODY = ""
+_YOUNG_S, _SETTLED_S = 60.0, 1.0
 
 T = TypeVar("T")
 
@@ -282,9 +285,22 @@ class _Crowd:
         self._definition.release()
 
 
+@cache
+def _settle() -> None:
+    """Wait until a worker that has just begun is known to its nanny.
+
+    A nanny whose process dies before it has said that it runs does not start another one, and a
+    cell that kills is computed first by workers that take the place of those that it killed.
+    """
+    age_s = time() - psutil.Process().create_time()
+    if get_worker().nanny is not None and age_s < _YOUNG_S:
+        sleep(_SETTLED_S)
+
+
 def _commit(committer: Committer, works: list[Work]) -> tuple[list[Outcome], float]:
     """Compute and commit cells on a worker; return what became of them, and the seconds."""
     fit_cache()
+    _settle()
     began = perf_counter()
     outcomes: list[Outcome] = []
     under_way: Future[list[Outcome]] | None = None
