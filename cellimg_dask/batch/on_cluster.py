@@ -122,6 +122,8 @@ class _Crowd:
                         self._record(self._guilty(lost[0], error))
                     else:
                         todo.put_back([index] for index in lost)
+                else:
+                    self._scheduler_lost(None)
         return suspects
 
     def _hand_out(self, todo: Shares[Sequence[int]]) -> None:
