@@ -89,7 +89,7 @@ def go() -> Callable[..., ci.RunReport]:
     """Run without a bar, and check that the report adds up."""
 
     def go(img: ci.CellImg, target: Any, **options: Any) -> ci.RunReport:
-        options = {"timeout_s": PATIENCE_S} | options
+        options = {"timeout_s": 60} | options
         report = ci.run(img, target, progress=False, **options)
         assert report.computed + report.skipped + len(report.failed) == img.grid.num_cells
         assert report.ok == (not report.failed)
