@@ -24,6 +24,7 @@ from cellimg_dask.blocks.errors import (
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init
 from cellimg_dask.loading.crew import Crew
+from cellimg_dask.loading.running import INTERACTIVE, priority
 from cellimg_dask.queues.channel import Channel
 from cellimg_dask.queues.here import Entry, open_runners
 from cellimg_dask.queues.pool import Pool
@@ -64,9 +65,11 @@ class ProcessBlocks:
         except Exception as error:
             raise InitError(f"init cannot be sent to a process: {error}") from error
         self._jobs = _Jobs()
-        # Twice as many, so that the next blocks are read and copied while all workers compute.
-        self._all_slots = [Slot(number) for number in range(2 * num_workers)]
-        self._slots = Pool(self._all_slots)
+        # Twice as many, so that the next blocks are read and copied while all workers compute; as
+        # many again for what somebody waits for, which does not wait for slots of the others.
+        self._all_slots = [Slot(number) for number in range(4 * num_workers)]
+        self._slots = Pool(self._all_slots[: 2 * num_workers])
+        self._urgent_slots = Pool(self._all_slots[2 * num_workers :])
         self._workers = [_WorkerProcess(packed, self._jobs) for _ in range(num_workers)]
         self._pool = Pool(self._workers)
         self._init = init
@@ -113,7 +116,8 @@ class ProcessBlocks:
                     f"input {given} has dtype {array.dtype}, and Python objects do not travel by "
                     f"shared memory: give a dtype of fixed size, or use a queue of threads",
                 )
-        with self._slots.lend() as slot:
+        slots = self._urgent_slots if priority.get() <= INTERACTIVE else self._slots
+        with slots.lend() as slot:
             try:
                 result = self._apply_in(slot, job, number, plan, inputs)
                 if out is None:
@@ -172,6 +176,7 @@ class ProcessBlocks:
             for worker in self._workers:
                 worker.end()
             self._slots.close()
+            self._urgent_slots.close()
             for slot in self._all_slots:
                 slot.remove()
         self.crew.close()
@@ -189,7 +194,7 @@ class ProcessBlocks:
         """How many blocks wait for a worker."""
         if self._here is not None:
             return 0
-        return self._slots.num_waiting + self._pool.num_waiting
+        return sum(pool.num_waiting for pool in (self._slots, self._urgent_slots, self._pool))
 
     @property
     def pids(self) -> list[int]:

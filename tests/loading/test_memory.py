@@ -96,7 +96,7 @@ def test_a_worker_of_a_cluster_has_its_own_limit_threads_and_cache(tmp_path):
     # Its cache is made smaller on the way.
     assert Room(3, blocks + 1000, 1000).has_room(img.loader)
     small = Room(3, blocks + 999, 1000, "a worker of the cluster")
-    with pytest.raises(MemoryError, match=r"a worker of the cluster would take about .* 3 workers"):
+    with pytest.raises(MemoryError, match=r"a worker of the cluster would take about .* 3 threads"):
         small.check(img.loader)
     small_too = Room(4, blocks + 1000, 1000)
     assert not small_too.has_room(img.loader)
