@@ -658,12 +658,13 @@ def test_ctrl_c_leaves_what_is_done(image, target, twice, calls, go, stored, mar
 def test_a_full_disk_ends_the_run_and_more_room_carries_it_on(
     disk, twice, calls, marked, go, stored, rng
 ):
-    image = rng.integers(0, 255, (16, 64 * 1024), dtype="u1")
-    img, target = twice(image, cells=(1, 64 * 1024)), str(disk.path / "out.zarr")
+    # So small that what all threads have under way does not fill the disk alone.
+    image = rng.integers(0, 255, (64, 16 * 1024), dtype="u1")
+    img, target = twice(image, cells=(1, 16 * 1024)), str(disk.path / "out.zarr")
     with pytest.raises((OSError, ValueError), match=r"No space left|RESOURCE_EXHAUSTED"):
         go(img, target)
     committed = marked(target)
-    assert 0 < len(committed) < 16
+    assert 0 < len(committed) < 64
     calls.take()
     # Still full.
     with pytest.raises((OSError, ValueError), match=r"No space left|RESOURCE_EXHAUSTED"):
@@ -673,7 +674,7 @@ def test_a_full_disk_ends_the_run_and_more_room_carries_it_on(
     committed = marked(target)
     report = go(img, target)
     assert report.ok
-    assert calls.take() == sorted(set(range(16)) - committed)
+    assert calls.take() == sorted(set(range(64)) - committed)
     assert np.array_equal(stored(target), 2 * image)
 
 
