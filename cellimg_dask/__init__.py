@@ -22,6 +22,8 @@ from cellimg_dask.blocks.errors import (
     QueueClosedError,
     ReadError,
     ResultError,
+    SaveError,
+    SourceChangedError,
     WorkerDiedError,
 )
 from cellimg_dask.blocks.functions import BlockCode
@@ -30,6 +32,8 @@ from cellimg_dask.geometry import Cell, CellGrid, Halo, Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import fill_cells, map_cells
 from cellimg_dask.image.input import Input
+from cellimg_dask.image.source import Source
+from cellimg_dask.loading.watch import Change
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 
@@ -44,6 +48,7 @@ __all__ = [
     "CellGrid",
     "CellImg",
     "CellimgError",
+    "Change",
     "CycleError",
     "Halo",
     "InitError",
@@ -55,6 +60,9 @@ __all__ = [
     "ResultError",
     "Roi",
     "RunReport",
+    "SaveError",
+    "Source",
+    "SourceChangedError",
     "TargetInUseError",
     "Worker",
     "WorkerDiedError",

@@ -139,7 +139,7 @@ def run(
     retries = as_int(retries, "retries", minimum=0)
     began = perf_counter()
     where = _where(target)
-    loader = _alone(img.loader, queue)
+    loader = _alone(img.loader.pinned(), queue)
     layout = Layout.of(
         loader.grid,
         loader.dtype,

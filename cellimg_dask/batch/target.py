@@ -80,7 +80,11 @@ class Layout:
         if sharded is None:
             sharded = sizes != whole
         try:
-            fill = _zero(dtype) if _is_zero(fill_value) else checked_fill(fill_value, dtype, 0)
+            fill = (
+                _zero(dtype)
+                if _is_zero(fill_value)
+                else checked_fill(fill_value, dtype, "a target")
+            )
         except ValueError:
             raise ValueError(f"fill_value {fill_value!r} is no value of dtype {dtype}") from None
         default = 1 if compressor == "zstd" else 5

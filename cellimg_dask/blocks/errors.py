@@ -23,6 +23,8 @@ __all__ = [
     "QueueClosedError",
     "ReadError",
     "ResultError",
+    "SaveError",
+    "SourceChangedError",
     "WorkerDiedError",
     "describe",
 ]
@@ -124,6 +126,14 @@ class WorkerDiedError(BlockError):
 
 class NoWorkersError(CellimgError, TimeoutError):
     """Workers did nothing, or were not there, for too long, or the scheduler cannot be reached."""
+
+
+class SourceChangedError(CellimgError, RuntimeError):
+    """What a snapshot saw is no longer there: its store was changed and holds one version only."""
+
+
+class SaveError(CellimgError, OSError):
+    """Changed cells could not be written to their store; they are kept in memory."""
 
 
 class QueueClosedError(CellimgError, RuntimeError):

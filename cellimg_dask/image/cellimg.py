@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import DTypeLike, NDArray
 
+from cellimg_dask.blocks.errors import SourceChangedError
+from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
 from cellimg_dask.geometry import CellGrid, Roi, parse_index
 from cellimg_dask.image.describe import as_html, as_text
+from cellimg_dask.image.input import checked_fill
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.memory import Room
+from cellimg_dask.loading.node import ImageNode
 from cellimg_dask.loading.together import cells_together
+from cellimg_dask.loading.watch import Change
 from cellimg_dask.state.cache import CacheStats, memory_bytes
 
 if TYPE_CHECKING:
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CellImg"]
 
+T = TypeVar("T")
 
 _DASK_METHODS = frozenset(
     ("rechunk", "store", "to_zarr", "map_blocks", "map_overlap", "blocks", "npartitions", "vindex")
@@ -40,9 +48,15 @@ class CellImg(NDArrayOperatorsMixin):
     Thread-safe, as far as the block function is.
     """
 
-    def __init__(self, loader: CellLoader) -> None:
-        self.loader = loader
-        """The path from a cell to its data."""
+    def __init__(self, node: ImageNode) -> None:
+        self.node = node
+        """The image over all changes of what it reads."""
+
+    @property
+    def loader(self) -> CellLoader:
+        """The path from a cell to its data, as they are now."""
+        loader: CellLoader = self.node.now
+        return loader
 
     # ------------------------------------------------------------------ what it is
 
@@ -121,7 +135,7 @@ class CellImg(NDArrayOperatorsMixin):
         """
         roi, dropped = parse_index(key, self.shape)
         out = np.empty(roi.shape, self.dtype)
-        self.loader.read(roi.start, roi.stop, out)
+        self._read(roi, out)
         if not dropped:
             return out
         return out[tuple(0 if axis in dropped else slice(None) for axis in range(self.ndim))]
@@ -161,16 +175,21 @@ class CellImg(NDArrayOperatorsMixin):
             raise ValueError("out is read-only; give a writable array")
         if not np.can_cast(self.dtype, out.dtype, "safe"):
             raise ValueError(f"out has dtype {out.dtype}, which cannot hold {self.dtype}")
-        loader = self.loader
-        if cells_per_call is not None:
-            room = Room(loader.crew().num_threads, memory_bytes())
-            together = cells_together(loader, cells_per_call, [room])
-            loader = loader if together is None else together.coarse
-        if out.dtype == self.dtype and out.dtype.isnative and not loader.reads_from(out):
-            loader.read(box.start, box.stop, out)
-        else:
+        region = out
+        if out.dtype != self.dtype or not out.dtype.isnative or self.loader.reads_from(out):
             region = np.empty(box.shape, self.dtype)
-            loader.read(box.start, box.stop, region)
+        if cells_per_call is None:
+            self._read(box, region)
+        else:
+
+            def read_together(loader: CellLoader) -> None:
+                room = Room(loader.crew().num_threads, memory_bytes())
+                together = cells_together(loader, cells_per_call, [room])
+                coarse = loader if together is None else together.coarse
+                coarse.read(box.start, box.stop, region)
+
+            self._retrying(read_together)
+        if region is not out:
             out[...] = region
         return out
 
@@ -180,7 +199,7 @@ class CellImg(NDArrayOperatorsMixin):
                 "a lazy image has no memory to share: np.asarray computes it; copy=False cannot"
             )
         data = np.empty(self.shape, self.dtype)
-        self.loader.read((0,) * self.ndim, self.shape, data)
+        self._read(Roi.of_shape(self.shape), data)
         return data if dtype is None else data.astype(dtype, copy=False)
 
     def load(self, index: SupportsIndex | Sequence[SupportsIndex]) -> NDArray[Any]:
@@ -191,11 +210,22 @@ class CellImg(NDArrayOperatorsMixin):
         index : int or ints
             Flat index or position in the grid.
         """
-        return self.loader.load(self._cell_index(index))
+        number, node = self._cell_index(index), self.node
+        if node.frozen is None:
+            loader: CellLoader = node.now
+            try:
+                return loader.load(number)
+            except SourceChangedError:
+                return self._retrying(lambda loader: loader.load(number))
+        roi = self.grid.roi(self.grid.position(number))
+        cell = np.empty(roi.shape, self.dtype)
+        self._read(roi, cell)
+        cell.flags.writeable = False
+        return cell
 
     def peek(self, index: SupportsIndex | Sequence[SupportsIndex]) -> NDArray[Any] | None:
         """Return a cell, read-only, if it is in memory, else None; computes nothing."""
-        return self.loader.shelf.peek(self._cell_index(index))
+        return self.loader.peek(self._cell_index(index))
 
     def prefetch(self, roi: Any = ...) -> Future[None]:
         """Begin to compute a region into the cache, in the background.
@@ -215,11 +245,123 @@ class CellImg(NDArrayOperatorsMixin):
         is never kept. Default: the whole image.
         """
         box, _ = parse_index(roi, self.shape)
-        self.loader.invalidate(box)
+        self.node.invalidate(box)
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Keyword parameters of the function."""
+        return MappingProxyType(self.loader.params)
+
+    def set_params(self, **params: Any) -> None:
+        """Change parameters of the function, as if the image had been made with them.
+
+        Takes place at once for this image and all that read it; a computation that has begun
+        goes on with what it began with. Cells of other parameters are kept as long as the cache
+        has room: when a parameter comes back they are found again, also downstream. The halo
+        stays what it is, so give one that is wide enough for all parameters to come.
+
+        Parameters
+        ----------
+        **params
+            Those that change; the others stay.
+
+        Raises
+        ------
+        TypeError
+            If the function has no such parameter.
+
+        Examples
+        --------
+        >>> import cellimg_dask as ci
+        >>> image = ci.map_cells(np.full_like, np.zeros(4), dtype=float, params={"fill_value": 1})
+        >>> image[:2]
+        array([1., 1.])
+        >>> image.set_params(fill_value=2)
+        >>> image[:2]
+        array([2., 2.])
+        """
+        known = self.loader.params
+        for name in params:
+            if name not in known:
+                _check_parameter(self.loader.function, name)
+        self.node.set_params({**known, **params})
+
+    def snapshot(self) -> CellImg:
+        """Return the image as it is now, whatever changes afterwards.
+
+        It shares the cells that stay the same. A store that is written to later is an error
+        where that can be seen (zarr in a local folder, the store of a `Source`), not a wrong
+        result.
+        """
+        return CellImg(ImageNode(self.loader.pinned(), None))
+
+    def freeze(self, fill_value: Any = 0) -> None:
+        """Show what is in memory now and compute nothing, until `thaw`.
+
+        Reading gives the cells that are in the cache, as they are now and as long as it holds
+        them, and ``fill_value`` elsewhere. Callbacks of `on_dirty` are put off. Only reading
+        this image is affected (``image[...]``, `load`, `read_into`, ``numpy.asarray``); images
+        that read it, `to_dask`, `snapshot` and `run` go on to get true values.
+
+        Raises
+        ------
+        ValueError
+            If it is frozen, or ``fill_value`` is no value of the image's dtype.
+        """
+        self.node.freeze(checked_fill(fill_value, self.dtype, "an image"))
+
+    def thaw(self) -> None:
+        """End `freeze`; callbacks of `on_dirty` are told once of all that has changed meanwhile.
+
+        Raises
+        ------
+        ValueError
+            If the image is not frozen.
+        """
+        self.node.thaw()
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it shows what was in memory when `freeze` was called."""
+        return self.node.frozen is not None
+
+    def on_dirty(self, callback: Callable[[Change], object]) -> Callable[[Change], object]:
+        """Have ``callback(change)`` called when cells of the image are outdated.
+
+        Once for each edit of a `Source`, or `invalidate`, that reaches the image, with the exact
+        cells; after it has taken place, in the thread that made it (or in one that is just
+        calling callbacks), images upstream first. The callback may read, request and edit. One
+        that raises is logged, to the logger ``cellimg_dask``.
+
+        Returns
+        -------
+        callable
+            The callback, which is dropped when nobody else holds it any more.
+        """
+        self.node.watchers.add(callback)
+        return callback
 
     def stats(self) -> CacheStats:
         """Return this image's counters: hits, misses, joins, loads and so on."""
         return self.loader.shelf.stats()
+
+    def _read(self, roi: Roi, out: NDArray[Any]) -> None:
+        """Read a box into an array of its shape and of the image's dtype."""
+        frozen = self.node.frozen
+        if frozen is None:
+            self._retrying(lambda loader: loader.read(roi.start, roi.stop, out))
+        else:
+            frozen.loader.read_held(roi.start, roi.stop, out, frozen.fill_value)
+
+    def _retrying(self, work: Callable[[CellLoader], T]) -> T:
+        """Do something with the present edition; once more if its store changes meanwhile."""
+        while True:
+            loader = self.loader
+            try:
+                return work(loader)
+            except SourceChangedError:
+                if self.loader is loader:
+                    raise
 
     def _cell_index(self, index: SupportsIndex | Sequence[SupportsIndex]) -> int:
         if type(index) is int and 0 <= index < self.loader.grid.num_cells:
@@ -310,8 +452,28 @@ class CellImg(NDArrayOperatorsMixin):
     ) -> Any:
         return func(*_lazy(args), **_lazy(kwargs))
 
-    def __reduce__(self) -> tuple[type[CellImg], tuple[CellLoader]]:
-        return CellImg, (self.loader,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self.loader,)
+
+
+def _arrived(loader: CellLoader) -> CellImg:
+    """Return an image that was sent here: as it was then, whatever happens to its inputs."""
+    return CellImg(ImageNode(loader, [None] * len(loader.readers)))
+
+
+def _check_parameter(function: BlockFunction, name: str) -> None:
+    """Refuse a parameter that a function of arrays does not take."""
+    if not isinstance(function, ArrayFunction):
+        return
+    try:
+        takes = inspect.signature(function.function).parameters
+    except (TypeError, ValueError):
+        # It does not say.
+        return
+    if name not in takes and all(p.kind is not p.VAR_KEYWORD for p in takes.values()):
+        raise TypeError(
+            f"{function.name} has no parameter {name!r}; it has {', '.join(takes) or 'none'}"
+        )
 
 
 def _lazy(value: Any) -> Any:

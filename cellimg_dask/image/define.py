@@ -23,7 +23,9 @@ from cellimg_dask.blocks.plan import AxisLink, InputPlan, Planner
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, as_int, as_ints, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.input import Input, as_input, follow
-from cellimg_dask.loading.loader import CellLoader, ImageReader
+from cellimg_dask.image.source import Source
+from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.loading.node import ImageNode, defining
 from cellimg_dask.loading.readers import Reader, make_reader
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache
@@ -313,18 +315,19 @@ def _make(
             raise QueueClosedError("the queue is closed; make a new BlockQueue")
     # Decoded chunks need room even where cells are not kept.
     chunks = get_cache() if cache is None else keep
-    readers: list[Reader] = [
-        ImageReader(item.array.loader)
-        if isinstance(item.array, CellImg)
-        else make_reader(item.array, chunks)
-        for item in items
-    ]
     if version is not None and not isinstance(version, str):
         raise TypeError(f"version must be a string, got {type(version).__name__}")
     planner = Planner(grid, plans)
-    return CellImg(
-        CellLoader(function, planner, readers, dtype, params or {}, keep, queue, version)
-    )
+    with defining():
+        inputs = [
+            item.array.node if isinstance(item.array, (CellImg, Source)) else None for item in items
+        ]
+        readers: list[Reader] = [
+            make_reader(item.array, chunks) if node is None else node.reader()
+            for node, item in zip(inputs, items, strict=True)
+        ]
+        loader = CellLoader(function, planner, readers, dtype, params or {}, keep, queue, version)
+        return CellImg(ImageNode(loader, inputs))
 
 
 def _axes(value: Any, ndim: int, what: str) -> tuple[int, ...]:

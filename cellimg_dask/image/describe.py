@@ -7,10 +7,11 @@ from html import escape
 from cellimg_dask.geometry import Halo
 from cellimg_dask.loading.loader import CellLoader
 
-__all__ = ["as_html", "as_text"]
+__all__ = ["as_html", "as_text", "size_text"]
 
 
-def _size(nbytes: float) -> str:
+def size_text(nbytes: float) -> str:
+    """Return a number of bytes as people write it."""
     units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
     while nbytes >= 1024 and len(units) > 1:
         nbytes /= 1024
@@ -35,11 +36,11 @@ def _facts(loader: CellLoader) -> dict[str, str]:
     facts = {
         "shape": f"{grid.shape}",
         "dtype": f"{loader.dtype}",
-        "size": _size(voxels * loader.dtype.itemsize),
+        "size": size_text(voxels * loader.dtype.itemsize),
         "cells": f"{grid.num_cells:,} of {grid.cell_shape}, {grid.grid_shape} in the grid",
         "function": loader.function.name + (f" with {loader.params}" if loader.params else ""),
         "halo": "; ".join(dict.fromkeys(halos)) or "none",
-        "cached": f"{held:,} cells, {_size(stats.bytes)}",
+        "cached": f"{held:,} cells, {size_text(stats.bytes)}",
         "hits / loads": f"{stats.hits:,} / {stats.loads:,}"
         + (f", {stats.errors:,} errors" if stats.errors else ""),
     }

@@ -93,7 +93,7 @@ class Input:
         fill = 0
         if mode == "constant":
             value = fill_value if self.fill_value is None else self.fill_value
-            fill = checked_fill(value, np.dtype(_numpy_dtype(self.array)), number)
+            fill = checked_fill(value, np.dtype(_numpy_dtype(self.array)), f"input {number}")
         return InputPlan(
             shape,
             own,
@@ -158,7 +158,7 @@ def follow(
     )
 
 
-def checked_fill(value: Any, dtype: np.dtype[Any], number: int) -> Any:
+def checked_fill(value: Any, dtype: np.dtype[Any], holder: str) -> Any:
     """Return ``value`` as a scalar of ``dtype``.
 
     Raises
@@ -185,8 +185,8 @@ def checked_fill(value: Any, dtype: np.dtype[Any], number: int) -> Any:
         same = False
     if not same:
         raise ValueError(
-            f"fill_value {value!r} cannot be held by input {number} of dtype {dtype}; "
-            f"give one that can, or another dtype of input"
+            f"fill_value {value!r} cannot be held by {holder} of dtype {dtype}; "
+            f"give one that can, or another dtype"
         )
     return fill
 

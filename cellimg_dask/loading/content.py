@@ -19,8 +19,15 @@ from cellimg_dask.blocks.functions import BlockCode, BlockFunction
 from cellimg_dask.blocks.plan import Box, CellPlan, Planner
 from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.geometry import CellGrid, tiles
-from cellimg_dask.loading.readers import ArrayReader, ChunkedReader, Reader, stored_array
+from cellimg_dask.loading.readers import (
+    ArrayReader,
+    ChunkedReader,
+    PinnedReader,
+    Reader,
+    stored_array,
+)
 from cellimg_dask.loading.running import Queue
+from cellimg_dask.loading.source import MemoryReader, StoredReader
 
 __all__ = ["ContentKeys"]
 
@@ -40,7 +47,6 @@ class Image(Protocol):
     readers: tuple[Reader, ...]
     job: BlockJob
     queue: Queue | None
-    edition: int
 
     @property
     def grid(self) -> CellGrid:
@@ -71,7 +77,7 @@ class ContentKeys:
 
     Notes
     -----
-    Thread-safe. Keys are remembered until the image is invalidated.
+    Thread-safe.
     """
 
     def __init__(self, loader: Image) -> None:
@@ -97,11 +103,9 @@ class ContentKeys:
 
     def _follow(self, index: int, *, remember: bool) -> str:
         found: dict[tuple[_ImageKeys, int], str] = {}
-        editions: dict[_ImageKeys, int] = {}
         stack = [(self._image, index)]
         while stack:
             image, cell = stack[-1]
-            edition = editions.setdefault(image, image.loader.edition)
             key = image.remembered(cell) if remember else None
             if key is None and (image, cell) not in found:
                 plan = image.loader.plan(cell)
@@ -111,7 +115,7 @@ class ContentKeys:
                     continue
                 key = image.make(plan, found)
                 if remember:
-                    image.remember(cell, key, edition)
+                    image.remember(cell, key)
             if key is not None:
                 found[image, cell] = key
             stack.pop()
@@ -128,7 +132,6 @@ class _ImageKeys:
         self._definition = digest(_definition(loader))
         self._lock = threading.Lock()
         self._known: dict[int, str] = {}
-        self._edition = loader.edition
         self._described: Described = {}
 
     def images_read(self) -> list[tuple[int, Any]]:
@@ -140,20 +143,15 @@ class _ImageKeys:
         ]
 
     def remembered(self, index: int) -> str | None:
-        """Return a key that was made since the image was invalidated."""
-        with self._lock:
-            if self._edition != self.loader.edition:
-                self._known.clear()
-                self._edition = self.loader.edition
-            return self._known.get(index)
+        """Return a key that was made before."""
+        return self._known.get(index)
 
-    def remember(self, index: int, key: str, edition: int) -> None:
-        """Remember a key that was begun in an edition of the image."""
+    def remember(self, index: int, key: str) -> None:
+        """Remember a key."""
         with self._lock:
-            if edition == self._edition == self.loader.edition:
-                if len(self._known) >= _REMEMBERED:
-                    self._known.clear()
-                self._known[index] = key
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[index] = key
 
     def rests_on(self, plan: CellPlan) -> list[tuple[_ImageKeys, int]]:
         """Return the cells of images that a cell reads."""
@@ -233,7 +231,7 @@ def _met(grid: Any, boxes: Sequence[Box]) -> list[int]:
 
 
 def _stored(reader: Reader, boxes: Sequence[Box], number: int, described: Described) -> Any:
-    if isinstance(reader, ArrayReader):
+    if isinstance(reader, (ArrayReader, MemoryReader, StoredReader)):
         return [array_content(reader.read(box)) for box in boxes]
     array: Any = getattr(reader, "array", reader)
     if isinstance(reader, ChunkedReader):
@@ -250,7 +248,11 @@ def _stored(reader: Reader, boxes: Sequence[Box], number: int, described: Descri
 
 
 def _zarr(
-    array: Any, reader: ChunkedReader, boxes: Sequence[Box], number: int, described: Described
+    array: Any,
+    reader: ChunkedReader | PinnedReader,
+    boxes: Sequence[Box],
+    number: int,
+    described: Described,
 ) -> Any:
     store = array.store
     if type(store).__name__ == "MemoryStore":

@@ -7,13 +7,11 @@ batch runs and the server. Plan, read the inputs, call, check, publish.
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, partial
-from heapq import heappop, heappush
-from time import perf_counter
-from typing import Any
+from time import perf_counter, time_ns
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,30 +31,40 @@ from cellimg_dask.loading.readers import (
     Reader,
     TiledReader,
     native,
+    pinned,
     read_windows,
 )
 from cellimg_dask.loading.running import BACKGROUND, Queue, priority
-from cellimg_dask.state.cache import CellCache, Shelf
-from cellimg_dask.state.dirty import (
-    CellProduct,
-    CellTest,
-    affected_cells,
-    cells_meeting,
-    merge_regions,
-    region_of,
-    region_read,
-    touched_region,
-)
+from cellimg_dask.state.cache import CellCache, OutdatedError, Shelf
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
+from cellimg_dask.state.history import History
 
-__all__ = ["CellLoader", "ImageReader"]
+__all__ = ["CellLoader", "ImageReader", "Place", "Signature"]
 
 # Up to so many cells, a read first collects what is cached under one lock.
 _GATHER_AT_ONCE = 4096
 
 
+Signature: TypeAlias = frozenset[tuple[History, str]]
+"""The images upstream, and this one, whose parameters are not those that they were made with."""
+
+
+class Place:
+    """Where the cells of an image are kept that were computed with the same parameters.
+
+    The cells go when nobody has it any more.
+    """
+
+    def __init__(self, cache: CellCache, beside: Shelf | None = None) -> None:
+        self.shelf: Shelf = cache.shelf(self, beside=beside)
+
+
 class CellLoader:
-    """Computes and keeps the cells of one image.
+    """Computes and keeps the cells of one edition of an image.
+
+    A loader never changes. When something that the image reads changes, the image gets another
+    one (`renewed`), which shares the cells that are the same. So whoever has begun to read
+    through a loader reads what there was when it began, all the way up the chain.
 
     Parameters
     ----------
@@ -100,31 +108,91 @@ class CellLoader:
         self.params = dict(params)
         self.queue = queue
         self.job = BlockJob(function, planner, self.params, self.dtype, version)
-        self.shelf: Shelf = cache.shelf(self)
+        self.history = History()
+        """The changes of the image."""
+        self.edition = 0
+        """Number of the last change that this loader knows of."""
+        self.signature: Signature = frozenset().union(*(up.signature for up in self.upstream()))
+        """Which parameters, upstream as well, are not those of the beginning."""
+        self._use(Place(cache))
+        self._begin()
         blocks = None if queue is None else queue.blocks
-        if blocks is None:
-            self._apply = self.job.apply
-        else:
-            self._apply = partial(blocks.apply, self.job)
+        self._set_apply()
         self._fresh = function.fresh or (blocks is not None and blocks.copies)
         self._runs_here = blocks is None
         self._cells = None if queue is None else queue.cells
-        self._dependents: weakref.WeakSet[CellLoader] = weakref.WeakSet()
-        self._dependents_lock = threading.Lock()
         self.depth: int = 1 + max((loader.depth for loader in self.upstream()), default=0)
         """Length of the longest chain of images that ends here."""
-        self.edition = 0
-        """How often the image was invalidated."""
-        self.token: tuple[int, str] | None = None
-        """The edition for which dask's name was made, and that name."""
-        for reader in self.readers:
-            if isinstance(reader, ImageReader):
-                reader.loader._add_dependent(self)
+
+    def _set_apply(self) -> None:
+        blocks = None if self.queue is None else self.queue.blocks
+        self._apply = self.job.apply if blocks is None else partial(blocks.apply, self.job)
+
+    def _use(self, place: Place) -> None:
+        self.place = place
+        """Where cells are kept that are the same in the latest edition."""
+        self.shelf = place.shelf
+
+    def _begin(self) -> None:
+        self.token: str | None = None
+        """Dask's name, once it was made."""
+        self._aside: Shelf | None = None
+        self._aside_lock = threading.Lock()
+
+    def reading(self, readers: Sequence[Reader]) -> CellLoader:
+        """Return a loader of the same edition, which reads the same from ``readers``."""
+        new = object.__new__(CellLoader)
+        new.__dict__.update(self.__dict__)
+        new.__dict__.pop("lasting", None)
+        new.readers = tuple(readers)
+        new._begin()
+        return new
+
+    def renewed(
+        self,
+        readers: Sequence[Reader],
+        params: Mapping[str, Any],
+        signature: Signature,
+        place: Place,
+    ) -> CellLoader:
+        """Return the latest edition of the image."""
+        new = self.reading(readers)
+        new.edition = self.history.last
+        new.signature = signature
+        new._use(place)
+        if params is not self.params:
+            new.params = dict(params)
+            new.job = BlockJob(
+                self.function, self.planner, new.params, self.dtype, self.job.version
+            )
+            new._set_apply()
+        return new
 
     @property
     def grid(self) -> CellGrid:
         """Grid of the image."""
         return self.planner.grid
+
+    def pinned(self) -> CellLoader:
+        """Return a loader that refuses what is written from now on to stores it rests on.
+
+        As far as that can be known; what the present edition has in memory is used.
+        """
+        when = time_ns()
+        copies: dict[CellLoader, CellLoader] = {}
+        for loader in self.ancestry():
+            readers = [
+                ImageReader(copies[reader.loader])
+                if isinstance(reader, ImageReader)
+                else pinned(reader, when)
+                for reader in loader.readers
+            ]
+            same = all(
+                new is old or (isinstance(old, ImageReader) and copies[old.loader] is old.loader)
+                for new, old in zip(readers, loader.readers, strict=True)
+            )
+            copies[loader] = loader if same else loader.reading(readers)
+        return copies[self]
 
     def crew(self) -> Crew:
         """Return the threads that read regions."""
@@ -185,8 +253,8 @@ class CellLoader:
             if self._cells is not None:
                 return self._load_elsewhere(index)
             if readers is None:
-                return self.shelf.get(index, self.compute_owned)
-            return self.shelf.get(index, lambda wanted: self.compute_owned(wanted, readers))
+                return self._get(index, self.compute_owned)
+            return self._get(index, lambda wanted: self.compute_owned(wanted, readers))
         except CircularWaitError:
             raise self._cycle(index) from None
 
@@ -199,7 +267,7 @@ class CellLoader:
         count, parts = tiles(self.grid, start, stop)
         if count <= _GATHER_AT_ONCE:
             listed = list(parts)
-            held = self.shelf.get_many([part[0] for part in listed])
+            held = self.gather([part[0] for part in listed])
             missing = []
             for value, part in zip(held, listed, strict=True):
                 if value is None:
@@ -231,6 +299,14 @@ class CellLoader:
 
         self.crew().run(parts, through_cache if keep else past_cache, count)
 
+    def gather(self, indices: Iterable[int]) -> list[NDArray[Any] | None]:
+        """Return those cells of this edition that are in memory, None for the others."""
+        wanted = list(indices)
+        try:
+            return self.shelf.get_many(wanted, self.edition)
+        except OutdatedError:
+            return [self.peek(index) for index in wanted]
+
     def prefetch(self, roi: Roi) -> None:
         """Load the cells of the region, which lies in the image, into the cache."""
         count, parts = tiles(self.grid, roi.start, roi.stop)
@@ -240,7 +316,7 @@ class CellLoader:
             if self._cells is None:
                 self.crew().run(indices, self.load, count)
             else:
-                missing = [index for index in indices if self.shelf.peek(index) is None]
+                missing = [index for index in indices if self.peek(index) is None]
                 with closing(self._fetch(missing, keep=True)) as cells:
                     for _ in cells:
                         pass
@@ -248,7 +324,7 @@ class CellLoader:
             priority.reset(before)
 
     def _load_elsewhere(self, index: int) -> NDArray[Any]:
-        held = self.shelf.peek(index)
+        held = self.peek(index)
         if held is None:
             ((_, held),) = self._fetch([index], keep=True)
         return held
@@ -258,7 +334,6 @@ class CellLoader:
     ) -> Generator[tuple[int, NDArray[Any]], None, None]:
         """Yield cells that are computed elsewhere, as they come; with ``keep`` from the cache."""
         assert self._cells is not None
-        edition = self.edition
         disk = self.shelf.cache.disk
         keys: dict[int, str | None] = {}
         missing = []
@@ -270,84 +345,57 @@ class CellLoader:
             if found is None:
                 missing.append(index)
             else:
-                yield index, self._publish(index, found, 0.0, edition) if keep else found
+                yield index, self._keep(index, found, 0.0) if keep else found
         for index, value, seconds in self._cells.fetch(self, missing):
             if disk is not None:
                 self.lasting.keep(disk, index, keys[index], value)
             if keep:
-                yield index, self._publish(index, value, seconds, edition)
+                yield index, self._keep(index, value, seconds)
             else:
                 self.shelf.record(seconds)
                 yield index, value
 
-    def _publish(
-        self, index: int, value: NDArray[Any], seconds: float, edition: int
+    def _keep(self, index: int, value: NDArray[Any], seconds: float) -> NDArray[Any]:
+        return self._get(index, lambda _: value, seconds)
+
+    def has_changed(self, index: int) -> bool:
+        """Whether a cell of the image has changed since this edition, as far as is known."""
+        return self.history.last > self.edition and self.history.changed(index, self.edition)
+
+    def peek(self, index: int) -> NDArray[Any] | None:
+        """Return a cell of this edition if it is in memory, else None; computes nothing."""
+        held = self.shelf.peek(index)
+        if self.shelf.edition <= self.edition or not self.has_changed(index):
+            return held
+        return None if self._aside is None else self._aside.peek(index)
+
+    def read_held(
+        self, start: Sequence[int], stop: Sequence[int], out: NDArray[Any], fill_value: Any
+    ) -> None:
+        """Fill ``out`` with what is in memory of a region, and ``fill_value`` elsewhere."""
+        for index, source, target in tiles(self.grid, start, stop)[1]:
+            held = self.peek(index)
+            out[target] = fill_value if held is None else held[source]
+
+    def aside(self) -> Shelf:
+        """Return the shelf for cells that have changed since this edition."""
+        with self._aside_lock:
+            if self._aside is None:
+                self._aside = self.shelf.cache.shelf(self, beside=self.shelf)
+            return self._aside
+
+    def _get(
+        self, index: int, load: Callable[[int], NDArray[Any]], seconds: float | None = None
     ) -> NDArray[Any]:
-        def arrived(_: int) -> NDArray[Any]:
-            # `invalidate` counts before it forgets: whoever still sees the old number here is
-            # under way early enough to be forgotten.
-            if self.edition != edition:
-                raise _OutdatedError
-            return value
-
-        try:
-            return self.shelf.get(index, arrived, seconds)
-        except _OutdatedError:
-            return value
-
-    def invalidate(self, roi: Roi) -> None:
-        """Forget the cells that read a voxel of the region, and what was made from them.
-
-        Safe at any time. Chunks that these cells read are decoded again. Images come in
-        the order of the chain: a load downstream that begins meanwhile and still reads an old
-        cell is forgotten when its image's turn comes, and an image that is defined meanwhile is
-        found because only then the images downstream are listed.
-        """
-        if roi.size == 0:
-            return
-        region = region_of(roi)
-        cells: list[CellProduct | CellTest] = [cells_meeting(self.grid, region)]
-        for number, item in enumerate(self.planner.inputs):
-            source = item.region_under(region)
-            if source is not None:
-                cells.append(affected_cells(self.planner, number, source))
-        for number, reader in enumerate(self.readers):
-            if isinstance(reader, ChunkedReader):
-                for part in cells:
-                    reader.forget(region_read(self.planner, number, part))
-        # What changed of each image, in the order of the longest way from the first.
-        waiting: list[tuple[int, int, CellLoader]] = [(self.depth, 0, self)]
-        reached: dict[CellLoader, list[CellProduct | CellTest]] = {self: cells}
-        while waiting:
-            _, _, loader = heappop(waiting)
-            # Counted before, for what arrives from elsewhere meanwhile, and after, so that no
-            # name that was made meanwhile stays.
-            loader.edition += 1
-            for part in reached[loader]:
-                loader.shelf.invalidate(part)
-                if loader._cells is not None:
-                    loader._cells.forget(loader, part)
-            loader.edition += 1
-            changed = merge_regions([touched_region(part) for part in reached[loader]])
-            for below in loader.dependents:
-                if below not in reached:
-                    reached[below] = []
-                    heappush(waiting, (below.depth, len(reached), below))
-                for number, reader in enumerate(below.readers):
-                    if isinstance(reader, ImageReader) and reader.loader is loader:
-                        reached[below] += [
-                            affected_cells(below.planner, number, part) for part in changed
-                        ]
-
-    @property
-    def dependents(self) -> list[CellLoader]:
-        """Loaders of the images that read this one."""
-        with self._dependents_lock:
-            return list(self._dependents)
-
-    def _add_dependent(self, loader: CellLoader) -> None:
-        with self._dependents_lock:
-            self._dependents.add(loader)
+        """Return a cell of this edition from memory, or load it."""
+        known = self.edition
+        while True:
+            try:
+                return self.shelf.get(index, load, seconds, known)
+            except OutdatedError:
+                known = self.history.last
+                if self.has_changed(index):
+                    return self.aside().get(index, load, seconds)
 
     def plan(self, index: int) -> CellPlan:
         """Return the plan of a cell; an index map that fails is a `ReadError`."""
@@ -426,7 +474,7 @@ class CellLoader:
 
     def _compute_into(self, index: int, source: tuple[slice, ...], target: NDArray[Any]) -> None:
         """Compute a cell past the cache, and put the ``source`` part of it into ``target``."""
-        held = self.shelf.peek(index)
+        held = self.peek(index)
         if held is not None:
             target[...] = held[source]
             return
@@ -510,10 +558,6 @@ class CellLoader:
             "the cell needs itself: the block function, or an input, reads this image or one "
             "made from it",
         )
-
-
-class _OutdatedError(Exception):
-    """What arrived was asked for before the image changed."""
 
 
 def _text(box: Box) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.blocks.errors import SourceChangedError
 from cellimg_dask.blocks.plan import Box, Region
 from cellimg_dask.geometry import AxisWindow, CellGrid, IrregularGrid, TileGrid, tiles
 from cellimg_dask.state.cache import CellCache, get_cache
@@ -25,10 +26,14 @@ __all__ = [
     "AbsentReader",
     "ArrayReader",
     "ChunkedReader",
+    "PinnedReader",
     "Reader",
     "TiledReader",
     "make_reader",
     "native",
+    "pinned",
+    "portable",
+    "quick_source",
     "read_windows",
     "stored_array",
 ]
@@ -127,7 +132,7 @@ class RegionReader:
         return _checked(self.array[box], box, self.array).view()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return make_reader, (_portable(self.array), get_cache())
+        return make_reader, (portable(self.array), get_cache())
 
 
 class TiledReader:
@@ -220,7 +225,76 @@ class ChunkedReader(TiledReader):
         self.shelf.invalidate(None if region is None else cells_meeting(self.grid, region))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return make_reader, (_portable(self.array), self.shelf.cache)
+        return make_reader, (portable(self.array), self.shelf.cache)
+
+
+class PinnedReader(ChunkedReader):
+    """Reads a store as it was at a time, and refuses chunks that were written later.
+
+    Parameters
+    ----------
+    reader : ChunkedReader
+        Of a zarr array in a local folder.
+    when : int
+        Nanoseconds since 1970.
+    """
+
+    def __init__(self, reader: ChunkedReader, when: int) -> None:
+        # It shares everything, the decoded chunks too.
+        self.__dict__.update(reader.__dict__)
+        self._reader = reader
+        self._when = when
+        self._file_of = _chunk_files(stored_array(reader))
+        self.tile = self._pinned_tile
+
+    def _pinned_tile(self, index: int) -> NDArray[Any]:
+        chunk = self._reader.tile(index)
+        # Asked after reading: what was written before that shows.
+        path = self._file_of(self.grid, index)
+        try:
+            written = os.stat(path).st_mtime_ns  # noqa: PTH116 - the quickest, for each chunk
+        except FileNotFoundError:
+            return chunk
+        if written > self._when:
+            raise SourceChangedError(
+                f"{path} was written after the snapshot was taken, and the store holds what is "
+                f"there now only; call image.invalidate(roi) for what has changed, and make a "
+                f"new snapshot"
+            )
+        return chunk
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pinned, (self._reader, self._when)
+
+
+def pinned(reader: Reader, when: int) -> Reader:
+    """Return a reader that refuses what was written after ``when``, where that can be known."""
+    if isinstance(reader, ChunkedReader) and _is_in_a_folder(stored_array(reader)):
+        reader = reader._reader if isinstance(reader, PinnedReader) else reader
+        return PinnedReader(reader, when)
+    return reader
+
+
+def _is_in_a_folder(array: Any) -> bool:
+    return (
+        type(array).__module__.startswith("zarr.")
+        and type(array.store).__name__ == "LocalStore"
+        and getattr(array.store, "root", None) is not None
+    )
+
+
+def _chunk_files(array: Any) -> Callable[[Any, int], str]:
+    """Return a function from a tile of a grid to the file in which the chunk is."""
+    sizes = getattr(array, "shards", None) or array.chunks
+    folder = os.path.join(str(array.store.root), array.path)  # noqa: PTH118 - paths are strings
+    encode = array.metadata.encode_chunk_key
+
+    def path(grid: CellGrid, index: int) -> str:
+        start = grid.roi(grid.position(index)).start
+        position = tuple(low // size for low, size in zip(start, sizes, strict=True))
+        return os.path.join(folder, encode(position))  # noqa: PTH118 - joined for each chunk
+
+    return path
 
 
 # Images of one store share its reader, and so its decoded chunks. A reader holds its array, so
@@ -322,7 +396,7 @@ class _H5Path(NamedTuple):
         return h5py.File(self.file, "r")[self.name]
 
 
-def _portable(array: Any) -> Any:
+def portable(array: Any) -> Any:
     """Return what can be sent to another process in place of ``array``."""
     if type(array).__module__.partition(".")[0] != "h5py":
         return array
@@ -379,6 +453,11 @@ def stored_array(reader: ChunkedReader) -> Any:
     """Return the store's own array behind a reader."""
     array = reader.array
     return array._array if isinstance(array, _Twin) else array
+
+
+def quick_source(array: Any) -> Any:
+    """Return what reads an array the quickest, by boxes."""
+    return _Twin(array) if type(array).__module__.partition(".")[0] == "zarr" else array
 
 
 class _Twin:

@@ -54,8 +54,11 @@ class CellRunner(Protocol):
         """Compute cells where they are not held; yield (index, cell, seconds) as they come."""
         ...
 
-    def forget(self, loader: Any, indices: Any) -> None:
-        """Release the cells among ``indices`` (a sized collection), because they are outdated."""
+    def forget(self, shelf: Any, indices: Any) -> None:
+        """Release those among ``indices`` (a sized collection) of an image's cells.
+
+        They are outdated. The image is known by the `Shelf` where its loader keeps them.
+        """
         ...
 
 

@@ -112,7 +112,8 @@ class ClusterCells:
         self._timeout_s = _checked_timeout(timeout_s)
         self.resources = _checked_resources(resources)
         self._closed = False
-        self._images: weakref.WeakKeyDictionary[CellLoader, Image] = weakref.WeakKeyDictionary()
+        # By the shelf, which all editions of an image share, and by an old edition's loader.
+        self._images: weakref.WeakKeyDictionary[object, Image] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._numbers = count()
         self.client, self._own_client = connect(backend, timeout_s=timeout_s, insecure=insecure)
@@ -224,7 +225,7 @@ class ClusterCells:
         QueueClosedError
             If the queue is closed.
         """
-        image = self._image(loader)
+        image, _ = self._claim(loader)
         todo = deque(indices)
         portions = self._portions(image, loader, todo)
         requests: deque[Request] = deque()
@@ -232,8 +233,8 @@ class ClusterCells:
             while todo or requests:
                 # One request is computed while the results of the one before are fetched.
                 while todo and len(requests) < 2 and not (requests and requests[0].is_probe):
-                    requests.append(self._request(image, loader, next(portions)))
-                yield from self._collect(image, loader, requests[0])
+                    requests.append(self._request(loader, next(portions)))
+                yield from self._collect(loader, requests[0])
                 done = requests[0]
                 todo.extendleft(reversed(done.put_off))
                 if done.suspects:
@@ -304,9 +305,9 @@ class ClusterCells:
         except Exception as error:
             self._fail(error)
 
-    def forget(self, loader: CellLoader, indices: Collection[int]) -> None:
-        """Release the cells among ``indices``, because they are outdated."""
-        image = self._images.get(loader)
+    def forget(self, shelf: object, indices: Collection[int]) -> None:
+        """Release cells of the image that keeps them on ``shelf``, because they are outdated."""
+        image = self._images.get(shelf)
         if image is not None:
             self.held.forget(image.number, indices)
 
@@ -321,36 +322,50 @@ class ClusterCells:
         if self._own_client:
             self.client.close()
 
-    def _image(self, loader: CellLoader) -> Image:
-        with self._lock:
-            image = self._images.get(loader)
-            if image is None:
-                image = self._images[loader] = Image(next(self._numbers), loader.edition)
-                weakref.finalize(loader, _forget_image, self.held, image).atexit = False
-        mine = loader.queue is not None and loader.queue.cells is self
-        if not mine and image.edition != loader.edition:
-            # An image upstream that knows nothing of this queue, and so does not tell what to
-            # forget.
-            image.edition = loader.edition
-            self.held.forget(image.number)
-        return image
+    def _claim(self, loader: CellLoader) -> tuple[Image, int]:
+        """Return what belongs to an image, and the generation of its cells that are held.
 
-    def _request(self, image: Image, loader: CellLoader, portion: Portion) -> Request:
+        An edition from before a change has what belongs to it alone.
+        """
+        image = self._image(loader.shelf, loader.edition)
+        # Noted first: if the image changes from now on, what is held is another generation.
+        generation = self.held.generation(image.number)
+        if loader.edition < max(loader.shelf.edition, image.edition):
+            image = self._image(loader, loader.edition)
+            return image, self.held.generation(image.number)
+        if loader.edition > image.edition:
+            known, image.edition = image.edition, loader.edition
+            if loader.queue is None or loader.queue.cells is not self:
+                # An image upstream that knows nothing of this queue, and so does not tell what
+                # to forget.
+                for part in loader.history.cells_since(known):
+                    self.held.forget(image.number, part)
+                generation = self.held.generation(image.number)
+        return image, generation
+
+    def _image(self, owner: object, edition: int) -> Image:
+        with self._lock:
+            image = self._images.get(owner)
+            if image is None:
+                image = self._images[owner] = Image(next(self._numbers), edition)
+                weakref.finalize(owner, _forget_image, self.held, image).atexit = False
+            return image
+
+    def _request(self, loader: CellLoader, portion: Portion) -> Request:
         """Submit cells."""
         if self._closed:
             raise QueueClosedError("the queue is closed")
-        request = self._submit_cells(image, loader, portion.cells)
+        request = self._submit_cells(loader, portion.cells)
         request.is_probe = portion.is_probe
         if portion.batches:
-            self._submit_batches(image, loader, portion.batches, request)
+            self._submit_batches(loader, portion.batches, request)
         return request
 
-    def _submit_cells(self, image: Image, loader: CellLoader, cells: list[int]) -> Request:
+    def _submit_cells(self, loader: CellLoader, cells: list[int]) -> Request:
         # Noted before anything is named or sent: what is outdated from now on is not kept.
-        images = {item: self._image(item) for item in loader.ancestry()}
-        generations = {item: self.held.generation(images[item].number) for item in images}
-        request = Request(generations[loader])
-        request.cells, parts = self._take(image, cells, request)
+        claims = {item: self._claim(item) for item in loader.ancestry()}
+        request = Request(*claims[loader])
+        request.cells, parts = self._take(claims[loader], cells, request)
         missing = [index for index in cells if index not in request.cells]
         if not missing:
             return request
@@ -360,7 +375,7 @@ class ClusterCells:
         def held(key: Any) -> Any:
             above = loaders[key[0]]
             index = above.grid.index(key[1:])
-            whole, parts = self._take(images[above], [index], request)
+            whole, parts = self._take(claims[above], [index], request)
             # Not released before the scheduler knows who needs it.
             request.uses += whole.values()
             if index in parts:
@@ -380,7 +395,9 @@ class ClusterCells:
         tasks |= layer.tasks(computed, held)
         for cut_from in {key[0] for key, task in tasks.items() if getattr(task, "func", 0) is cut}:
             tasks[f"{cut_from}-definition"] = layer[f"{cut_from}-definition"]
-        self._use_definitions(request, {key: images[item] for key, item in loaders.items()}, tasks)
+        self._use_definitions(
+            request, {key: claims[item][0] for key, item in loaders.items()}, tasks
+        )
         # Cells upstream are held as well: the neighbours of these cells need them again. From the
         # first image down.
         others = [
@@ -395,17 +412,17 @@ class ClusterCells:
             else:
                 above = loaders[key[0]]
                 index = above.grid.index(key[1:])
-                number, generation = images[above].number, generations[above]
-                request.others.append(Other(above, index, number, generation, future))
+                upstream, generation = claims[above]
+                request.others.append(Other(above, index, upstream.number, generation, future))
         return request
 
     def _take(
-        self, image: Image, indices: Collection[int], request: Request
+        self, claim: tuple[Image, int], indices: Collection[int], request: Request
     ) -> tuple[dict[int, Any], dict[int, Taken]]:
         """Return handles of the cells that are held, and the batches that others are in."""
         whole: dict[int, Any] = {}
         parts: dict[int, Taken] = {}
-        for found in self._taken(image, indices):
+        for found in self._taken(claim, indices):
             if None in found.places.values():
                 whole.update(dict.fromkeys(found.places, found.future))
             else:
@@ -418,15 +435,16 @@ class ClusterCells:
         definition = TaskRef(f"{key[0]}-definition")
         return Task(key, cut, TaskRef(batch.future.key), definition, index, batch.places[index])
 
-    def _taken(self, image: Image, indices: Collection[int]) -> list[Taken]:
-        taken, dead = self.held.take(image.number, indices)
+    def _taken(self, claim: tuple[Image, int], indices: Collection[int]) -> list[Taken]:
+        image, generation = claim
+        taken, dead = self.held.take(image.number, indices, generation)
         if dead:
             release(dead)
             self._let_errors_go()
         return taken
 
     def _submit_batches(
-        self, image: Image, loader: CellLoader, batches: Sequence[list[int]], request: Request
+        self, loader: CellLoader, batches: Sequence[list[int]], request: Request
     ) -> None:
         stages = stages_of(loader)
         (name, _, _) = stages[-1]
@@ -436,7 +454,7 @@ class ClusterCells:
         new = []
         for batch in batches:
             missing = set(batch)
-            for found in self._taken(image, batch):
+            for found in self._taken((request.image, request.generation), batch):
                 missing.difference_update(found.places)
                 if None in found.places.values():
                     request.cells.update(dict.fromkeys(found.places, found.future))
@@ -448,7 +466,7 @@ class ClusterCells:
                 tasks[key] = Task(key, run_batch, TaskRef(definition), cells, _LONGEST_BATCH_S)
                 new.append((key, cells))
         if new:
-            self._use_definitions(request, {name: image}, tasks)
+            self._use_definitions(request, {name: request.image}, tasks)
             futures = self._get(tasks, [key for key, _ in new])
             for future, (_, cells) in zip(futures, new, strict=True):
                 places = places_of(loader.grid, cells)
@@ -499,25 +517,23 @@ class ClusterCells:
     # ------------------------------------------------------------------ results
 
     def _collect(
-        self, image: Image, loader: CellLoader, request: Request
+        self, loader: CellLoader, request: Request
     ) -> Iterator[tuple[int, NDArray[Any], float]]:
         """Yield the cells of a request, until one of them is suspected to kill workers."""
         if request.cells:
             began = perf_counter()
             values = self._finished(request.cells)
             each = (perf_counter() - began) / max(1, len(values))
-            self._hold(image, loader, request, values)
+            self._hold(loader, request, values)
             for index, future in request.cells.items():
                 if is_dead(future):
                     request.suspects[index] = self._killed(loader, index, request, future)
             for index in list(values):
                 yield index, values.pop(index), each
         while request.batches and not request.suspects:
-            yield from self._collect_batch(image, loader, request, request.batches[0])
+            yield from self._collect_batch(loader, request, request.batches[0])
 
-    def _hold(
-        self, image: Image, loader: CellLoader, request: Request, cells: Iterable[int]
-    ) -> None:
+    def _hold(self, loader: CellLoader, request: Request, cells: Iterable[int]) -> None:
         """Hold what is there of a request: some of its cells, and cells upstream."""
         others, request.others = request.others, []
         for other in others:
@@ -531,10 +547,11 @@ class ClusterCells:
         for index in cells:
             future = request.cells.pop(index)
             nbytes = _num_bytes(loader, index)
-            self.held.keep(image.number, future, {index: None}, nbytes, request.generation)
+            number = request.image.number
+            self.held.keep(number, future, {index: None}, nbytes, request.generation)
 
     def _collect_batch(
-        self, image: Image, loader: CellLoader, request: Request, batch: Batch
+        self, loader: CellLoader, request: Request, batch: Batch
     ) -> Iterator[tuple[int, NDArray[Any], float]]:
         future, places = batch.taken
         found = self._finished({0: future})
@@ -546,7 +563,7 @@ class ClusterCells:
             return
         result: BatchResult = found.pop(0)
         if batch.is_new:
-            self._hold_batch(image, loader, request, batch, result)
+            self._hold_batch(loader, request, batch, result)
         for index in batch.cells:
             cell = result.get(places[index])
             if cell is None:
@@ -555,17 +572,12 @@ class ClusterCells:
                 yield index, cell, result.seconds
         if request.put_off and not batch.is_new:
             # Lost with its worker, and shorter since it was computed again.
-            self.held.lose(image.number, request.put_off)
+            self.held.lose(request.image.number, request.put_off)
         if result.error is not None:
             raise result.error
 
     def _hold_batch(
-        self,
-        image: Image,
-        loader: CellLoader,
-        request: Request,
-        batch: Batch,
-        result: BatchResult,
+        self, loader: CellLoader, request: Request, batch: Batch, result: BatchResult
     ) -> None:
         """Hold a batch that was computed, and learn from it what a cell takes."""
         future, places = batch.taken
@@ -579,13 +591,14 @@ class ClusterCells:
         else:
             kept = handle(future)
             if request.is_probe or len(done) < len(batch.cells):
-                self._tell_what_a_cell_takes(image, loader, result.seconds)
+                self._tell_what_a_cell_takes(request.image, loader, result.seconds)
         held = {index: places[index] for index in done}
-        self.held.keep(image.number, kept, held, result.flat.nbytes, request.generation)
+        number = request.image.number
+        self.held.keep(number, kept, held, result.flat.nbytes, request.generation)
         if result.error is None and result.seconds >= _WORTH_A_KEY_S:
             # So that whoever asks for some of them finds them.
-            keyed = self._submit_cells(image, loader, done)
-            self._hold(image, loader, keyed, done)
+            keyed = self._submit_cells(loader, done)
+            self._hold(loader, keyed, done)
             keyed.release()
 
     def _alone(self, loader: CellLoader, index: int) -> Iterator[tuple[int, NDArray[Any], float]]:
@@ -596,11 +609,10 @@ class ClusterCells:
         WorkerDiedError
             Of the cell, or of one upstream, if its worker dies again.
         """
-        image = self._image(loader)
-        request = self._submit_cells(image, loader, [index])
+        request = self._submit_cells(loader, [index])
         above = [(other.loader, other.index) for other in request.others]
         try:
-            yield from self._collect(image, loader, request)
+            yield from self._collect(loader, request)
         finally:
             request.release()
         if not request.suspects:

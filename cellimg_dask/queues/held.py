@@ -65,14 +65,19 @@ class Held:
         with self._lock:
             return self._generations[image]
 
-    def take(self, image: int, indices: Collection[int]) -> tuple[list[Taken], list[Any]]:
+    def take(
+        self, image: int, indices: Collection[int], generation: int
+    ) -> tuple[list[Taken], list[Any]]:
         """Return the results in which cells are, and what is of no use any more.
 
         The latter failed or was cancelled since, for instance because its worker was lost and
         it could not be computed again. It is no longer held, and is the caller's to release.
+        If cells of the image were forgotten since ``generation``, nothing is found.
         """
         dead: list[Any] = []
         with self._lock:
+            if self._generations[image] != generation:
+                return [], dead
             cells = self._cells.get(image, {})
             found: dict[_Result, dict[int, Any]] = {}
             for index in indices:

@@ -16,12 +16,12 @@ __all__ = ["Batch", "Image", "Other", "Portion", "Request", "release_all"]
 
 
 class Image:
-    """What the client knows of an image on the cluster."""
+    """What the client knows of an image, or an old edition of one, on the cluster."""
 
     def __init__(self, number: int, edition: int) -> None:
         self.number = number
         self.edition = edition
-        """That of which cells are held."""
+        """The latest edition that cells were asked of."""
         self.definition: list[Any] = []
         """Future of the image's definition, if it was sent."""
         self.seconds: float | None = None
@@ -65,7 +65,9 @@ class Other:
 class Request:
     """Cells that were submitted together, and the handles that keep them wanted."""
 
-    def __init__(self, generation: int = 0) -> None:
+    def __init__(self, image: Image, generation: int) -> None:
+        self.image = image
+        """To which the cells belong."""
         self.generation = generation
         """Of the image's held cells, when this was submitted."""
         self.cells: dict[int, Any] = {}

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from cellimg_dask.geometry import CellGrid, IrregularGrid, tiles
 from cellimg_dask.loading.loader import CellLoader, ImageReader
 from cellimg_dask.loading.readers import ChunkedReader, Reader, TiledReader, native
+from cellimg_dask.loading.source import MemoryReader, StoredReader
 from cellimg_dask.state.cache import get_cache
 from cellimg_dask.state.flights import Flight, current_flight, inside
 
@@ -52,8 +53,7 @@ def dask_name(loader: CellLoader) -> str:
 
 
 def _own_name(loader: CellLoader) -> str:
-    known = loader.token
-    if known is None or known[0] != loader.edition:
+    if loader.token is None:
         token = tokenize(
             type(loader.function).__name__,
             getattr(loader.function, "function", loader.function),
@@ -79,8 +79,8 @@ def _own_name(loader: CellLoader) -> str:
         )
         # As dask does, so that a dashboard shows the function.
         prefix = loader.function.name.rpartition(".")[2].strip("<>") or "cells"
-        known = loader.token = (loader.edition, f"{prefix}-{token}")
-    return known[1]
+        loader.token = f"{prefix}-{token}"
+    return loader.token
 
 
 def _reader_token(reader: Reader) -> Any:
@@ -89,22 +89,32 @@ def _reader_token(reader: Reader) -> Any:
     array = getattr(reader, "array", reader)
     if isinstance(array, da.Array):
         return array.name
+    if isinstance(reader, (MemoryReader, StoredReader)):
+        return reader.token
     # A store's handle does not say what is in it, so at least what it was told counts.
     return array, getattr(reader, "edition", 0)
 
 
-def _is_dask(reader: Reader) -> bool:
-    return isinstance(reader, ChunkedReader) and isinstance(reader.array, da.Array)
+def _fed_array(reader: Reader) -> da.Array | None:
+    """Return the dask array whose chunks are given to a cell that reads it, if it is one."""
+    if isinstance(reader, ChunkedReader) and isinstance(reader.array, da.Array):
+        return reader.array
+    if isinstance(reader, MemoryReader):
+        return _array_of(reader)
+    return None
+
+
+def _array_of(reader: MemoryReader) -> da.Array:
+    """Return an edition of a source as a dask array, one chunk per cell."""
+    graph = HighLevelGraph({reader.token: TileLayer(reader)}, {reader.token: set()})
+    meta = np.empty((0,) * reader.grid.ndim, reader.dtype)
+    return da.Array(graph, reader.token, reader.grid.chunks, meta=meta)
 
 
 def dask_arrays(loader: CellLoader) -> list[da.Array]:
     """Return the dask arrays that an image and those upstream of it rest on."""
-    return [
-        reader.array  # type: ignore[attr-defined]
-        for image in loader.ancestry()
-        for reader in image.readers
-        if _is_dask(reader)
-    ]
+    found = [_fed_array(reader) for image in loader.ancestry() for reader in image.readers]
+    return [array for array in found if array is not None]
 
 
 def stages_of(loader: CellLoader) -> list[tuple[str, CellLoader, dict[int, Upstream]]]:
@@ -115,8 +125,7 @@ def stages_of(loader: CellLoader) -> list[tuple[str, CellLoader, dict[int, Upstr
         for number, reader in enumerate(image.readers):
             if isinstance(reader, ImageReader):
                 upstream[number] = Upstream(_own_name(reader.loader), reader.loader.grid, False)
-            elif _is_dask(reader):
-                array = reader.array  # type: ignore[attr-defined]
+            elif (array := _fed_array(reader)) is not None:
                 grid = reader.grid  # type: ignore[attr-defined]
                 upstream[number] = Upstream(array.name, grid, True)
         stages.append((_own_name(image), image, upstream))
@@ -258,6 +267,45 @@ def _same(value: Any) -> Any:
     return value
 
 
+class TileLayer(Layer):  # type: ignore[misc]  # dask is not typed
+    """The cells of a source as tasks, made when they are asked for."""
+
+    has_legacy_tasks = False
+
+    def __init__(self, reader: MemoryReader) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def is_materialized(self) -> bool:
+        """Return False: there are no tasks yet."""
+        return False
+
+    def get_output_keys(self) -> set[Any]:
+        """Return the keys of all cells."""
+        return set(self)
+
+    def __len__(self) -> int:
+        return self._reader.grid.num_cells
+
+    def __iter__(self) -> Iterator[Any]:
+        return product([self._reader.token], *map(range, self._reader.grid.grid_shape))
+
+    def __getitem__(self, key: Any) -> DataNode:
+        if not isinstance(key, tuple) or key[:1] != (self._reader.token,):
+            raise KeyError(key)
+        return DataNode(key, self._reader.tile(self._reader.grid.index(key[1:])))
+
+    def cull(
+        self, keys: set[Any], all_hlg_keys: Any
+    ) -> tuple[MaterializedLayer, dict[Any, set[Any]]]:
+        """Return the wanted cells; they depend on nothing."""
+        tasks = {key: self[key] for key in keys}
+        return MaterializedLayer(tasks), {key: set() for key in tasks}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MaterializedLayer, ({key: self[key] for key in self},)
+
+
 class Upstream(NamedTuple):
     """An input whose tiles can be tasks."""
 
@@ -266,7 +314,7 @@ class Upstream(NamedTuple):
     grid: CellGrid | IrregularGrid
     """Where the tiles lie."""
     is_dask: bool
-    """Whether it is a dask array; else it is another image."""
+    """Whether it is a dask array, or a source in memory; else it is another image."""
 
 
 class _Stage(NamedTuple):

@@ -26,7 +26,11 @@ from cellimg_dask.geometry import as_int
 from cellimg_dask.state.disk import DiskCells
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
 
-__all__ = ["CacheStats", "CellCache", "Shelf", "get_cache", "own", "set_cache"]
+__all__ = ["CacheStats", "CellCache", "OutdatedError", "Shelf", "get_cache", "own", "set_cache"]
+
+
+class OutdatedError(Exception):
+    """Cells of an edition were asked for, of which some have changed since."""
 
 
 @dataclass(slots=True)
@@ -138,14 +142,21 @@ class CellCache:
             self._max_bytes = bound
             self._make_room(0)
 
-    def shelf(self, owner: object, *, alike: bool = False) -> Shelf:
+    def reserve(self, nbytes: int) -> None:
+        """Count so many bytes more, or less, that somebody holds who cannot let go of them now."""
+        with self._lock:
+            self._bytes += nbytes
+            self._make_room(0)
+
+    def shelf(self, owner: object, *, alike: bool = False, beside: Shelf | None = None) -> Shelf:
         """Return a new, empty shelf; it leaves the cache when ``owner`` is collected.
 
         ``alike`` says that its cells cost much the same for their size, as the chunks of a store
         do. Then the first one's price is everybody's: among themselves they leave by last use,
-        and noise in the measured times does not decide.
+        and noise in the measured times does not decide. ``beside`` is another shelf of the same
+        image, in this cache; they share their counters.
         """
-        shelf = Shelf(self, alike=alike)
+        shelf = Shelf(self, alike=alike, beside=beside)
         with self._lock:
             self._shelves.add(shelf)
         weakref.finalize(owner, self._depart, shelf).atexit = False
@@ -155,7 +166,8 @@ class CellCache:
         """Return the sum over all images, also those that are gone."""
         with self._lock:
             self._bury()
-            total = sum((shelf._stats for shelf in self._shelves), self._past + CacheStats())
+            accounts = {shelf._account for shelf in self._shelves}
+            total = sum((account.stats for account in accounts), self._past + CacheStats())
             total.bytes = self._bytes
             return total
 
@@ -189,12 +201,13 @@ class CellCache:
     # What follows expects the lock to be held.
 
     def _admit(self, entry: _Entry) -> None:
-        if entry.nbytes > self._max_bytes:
+        if entry.nbytes <= self._max_bytes:
+            self._make_room(entry.nbytes)
+        if entry.nbytes > self._max_bytes - self._bytes:
             assert entry.shelf is not None
             entry.shelf._remember(entry)
             entry.shelf = None
             return
-        self._make_room(entry.nbytes)
         self._bytes += entry.nbytes
         self._use(entry)
         self._push(entry)
@@ -217,13 +230,16 @@ class CellCache:
             for entry in list(shelf._entries.values()):
                 self._drop(entry)
             self._shelves.discard(shelf)
-            self._past = self._past + shelf._stats
+            account = shelf._account
+            account.shelves.discard(shelf)
+            if not account.shelves:
+                self._past = self._past + account.stats
             self._compact()
 
     def _make_room(self, nbytes: int) -> None:
         if self._departed:
             self._bury()
-        while self._bytes + nbytes > self._max_bytes:
+        while self._heap and self._bytes + nbytes > self._max_bytes:
             priority, used, entry = heapq.heappop(self._heap)
             if entry.shelf is None:
                 continue
@@ -250,6 +266,16 @@ class CellCache:
             heapq.heapify(self._heap)
 
 
+class _Account:
+    """What is counted for the shelves of one image."""
+
+    __slots__ = ("shelves", "stats")
+
+    def __init__(self) -> None:
+        self.stats: CacheStats = CacheStats()
+        self.shelves: set[Shelf] = set()
+
+
 class Shelf:
     """The cells of one image in a cache.
 
@@ -258,17 +284,24 @@ class Shelf:
     Thread-safe; shares the lock of its cache.
     """
 
-    def __init__(self, cache: CellCache, *, alike: bool = False) -> None:
+    def __init__(
+        self, cache: CellCache, *, alike: bool = False, beside: Shelf | None = None
+    ) -> None:
         self.cache = cache
         """The cache that holds the budget."""
+        self.edition = 0
+        """Number of the last change that cells were forgotten for."""
         self._alike = alike
+        self._account: _Account = _Account() if beside is None else beside._account
+        self._account.shelves.add(self)
         self._rate: float | None = None
         self.gone = False
         """Whether the owner was collected: nothing is kept any more."""
         self._entries: dict[int, _Entry] = {}
         self._flights: dict[int, Flight] = {}
         self._living: dict[int, _Living] = {}
-        self._stats = CacheStats()
+        self._outdated: set[int] = set()
+        self._stats = self._account.stats
 
     def rate_of(self, seconds: float, nbytes: int) -> float:
         """Return the price of a cell in seconds per byte."""
@@ -287,12 +320,19 @@ class Shelf:
         living = self._living.get(index)
         return None if living is None else living()
 
-    def get_many(self, indices: Iterable[int]) -> list[NDArray[Any] | None]:
-        """Return the held ones of several cells, None for the others; counts hits only."""
+    def get_many(
+        self, indices: Iterable[int], edition: int | None = None
+    ) -> list[NDArray[Any] | None]:
+        """Return the held ones of several cells, None for the others; counts hits only.
+
+        `OutdatedError` if cells were forgotten for a change after ``edition``.
+        """
         cache = self.cache
         entries = self._entries
         values: list[NDArray[Any] | None] = []
         with cache._lock:
+            if edition is not None and self.edition > edition:
+                raise OutdatedError
             hits = 0
             for index in indices:
                 entry = entries.get(index)
@@ -306,7 +346,11 @@ class Shelf:
         return values
 
     def get(
-        self, index: int, load: Callable[[int], NDArray[Any]], seconds: float | None = None
+        self,
+        index: int,
+        load: Callable[[int], NDArray[Any]],
+        seconds: float | None = None,
+        edition: int | None = None,
     ) -> NDArray[Any]:
         """Return a cell, loading it if need be; concurrent callers share one load.
 
@@ -318,6 +362,8 @@ class Shelf:
             Makes the cell's array; the array must be the cache's own from then on.
         seconds : float, optional
             What the cell cost, where that is not the time that ``load`` takes.
+        edition : int, optional
+            Number of the change after which the cell is wanted, and ``load`` makes it.
 
         Returns
         -------
@@ -331,12 +377,16 @@ class Shelf:
             tries again.
         CircularWaitError
             If the cell needs itself.
+        OutdatedError
+            If cells were forgotten for a change after ``edition``.
         """
         cache = self.cache
         while True:
             mine: Flight | None = None
             try:
                 with cache._lock:
+                    if edition is not None and self.edition > edition:
+                        raise OutdatedError
                     entry = self._entries.get(index)
                     if entry is not None:
                         self._stats.hits += 1
@@ -414,6 +464,7 @@ class Shelf:
             self._stats.load_seconds += seconds
             self._forget_flight(flight)
             if not (flight.stale or self.gone):
+                self._outdated.discard(flight.index)
                 cache._admit(_Entry(self, flight.index, value, seconds))
         flight.land()
         return value
@@ -434,14 +485,33 @@ class Shelf:
                 self._stats.loads += 1
                 self._stats.load_seconds += seconds
 
-    def invalidate(self, indices: Collection[int] | None) -> None:
+    def invalidate(
+        self,
+        indices: Collection[int] | None,
+        edition: int | None = None,
+        into: Shelf | None = None,
+        unless: Collection[int] = (),
+    ) -> None:
         """Forget cells, all of them for None; safe at any time.
 
         A load of such a cell that is under way still answers those who already wait for it,
         and is never published. ``indices`` is iterated or asked for membership, whichever is
         less work.
+
+        Parameters
+        ----------
+        indices : collection of int or None
+            The cells.
+        edition : int, optional
+            Number of the change. From now on no load of an earlier edition begins here.
+        into : Shelf, optional
+            A shelf of the same cache, on which the cells that are held are put instead, but not
+            those in ``unless``.
         """
         cache = self.cache
+        if edition is not None:
+            with cache._lock:
+                self.edition = max(self.edition, edition)
         tables: tuple[dict[int, Any], ...] = (self._entries, self._flights, self._living)
         # Asking ``indices`` may be the user's code (an index map), so no lock is held meanwhile.
         # What begins between the locks reads what is new already.
@@ -452,9 +522,12 @@ class Shelf:
                 known = [index for table in tables for index in table]
             if indices is not None:
                 known = [index for index in known if index in indices]
+        moved = set() if into is None else {index for index in known if index not in unless}
         with cache._lock:
+            if edition is not None:
+                self._outdated.update(index for index in known if index in self._entries)
             for index in known:
-                self._forget(index)
+                self._forget(index, into if index in moved else None)
             cache._compact()
 
     def held(self) -> list[int]:
@@ -462,18 +535,28 @@ class Shelf:
         with self.cache._lock:
             return list(self._entries)
 
+    def num_outdated(self) -> int:
+        """Return how many cells were forgotten for a change and have not been loaded since."""
+        return len(self._outdated)
+
     def stats(self) -> CacheStats:
-        """Return a copy of the counters."""
+        """Return a copy of the counters, of all shelves of the image."""
         with self.cache._lock:
             copy = self._stats + CacheStats()
-            copy.bytes = sum(entry.nbytes for entry in self._entries.values())
+            copy.bytes = sum(
+                entry.nbytes for shelf in self._account.shelves for entry in shelf._entries.values()
+            )
             return copy
 
     # What follows expects the lock to be held.
 
-    def _forget(self, index: int) -> None:
+    def _forget(self, index: int, into: Shelf | None) -> None:
         entry = self._entries.get(index)
-        if entry is not None:
+        if entry is not None and into is not None and not into.gone and index not in into._entries:
+            del self._entries[index]
+            entry.shelf = into
+            into._entries[index] = entry
+        elif entry is not None:
             self.cache._drop(entry)
         flight = self._flights.pop(index, None)
         if flight is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["CircularWaitError", "Flight", "current_flight", "inside"]
+__all__ = ["CircularWaitError", "Flight", "Turn", "current_flight", "inside"]
 
 
 class CircularWaitError(Exception):
@@ -158,3 +158,42 @@ class inside:  # noqa: N801 - a context manager, used like a function
 
     def __exit__(self, *exc: object) -> None:
         _current.flight = self._before
+
+
+class Turn:
+    """Lets one thread in at a time, and finds out who would wait for ever.
+
+    Whoever has it is a flight: what is computed meanwhile belongs to it, so a block that would
+    have to wait for somebody who waits for this very block is told instead.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: Flight | None = None
+
+    def take(self) -> inside:
+        """Wait for the turn; what is returned is entered by who has it, until `leave`.
+
+        Raises
+        ------
+        CircularWaitError
+            If the turn is the caller's already, or of somebody who waits for the caller.
+        """
+        mine = Flight(self, 0)
+        if mine.begun_by_itself():
+            raise CircularWaitError
+        while True:
+            with self._lock:
+                holder = self._holder
+                if holder is None:
+                    self._holder = mine
+                    return inside(mine)
+                done = holder.prepare_join()
+            holder.join(done)
+
+    def leave(self) -> None:
+        """Let the next one in."""
+        with self._lock:
+            holder, self._holder = self._holder, None
+        if holder is not None:
+            holder.land()
