@@ -230,6 +230,8 @@ def _by_cell(
 ) -> Iterator[tuple[int, tuple[NDArray[np.int64], ...], NDArray[np.int64]]]:
     """Yield cell, coordinates in it, and which of the points they are; in the points' order."""
     flat = [axis.ravel() for axis in coords]
+    if not flat[0].size:
+        return
     cells = sum(
         axis // size * stride
         for axis, size, stride in zip(flat, grid.cell_shape, grid.strides, strict=True)

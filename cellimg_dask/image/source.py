@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -119,8 +121,8 @@ class Source:
             largest = int(np.prod(grid.cell_shape)) * dtype.itemsize
             self._saver = Saver(cells, max(largest, keep.max_bytes // 2))
             reader = StoredReader(cells, Pages())
-            # Also when Python ends.
-            self._finish = weakref.finalize(self, _save_the_rest, self._saver)
+            _savers.add(self._saver)
+            weakref.finalize(self, _save_the_rest, self._saver).atexit = False
         self.node = SourceNode(reader, grid)
         """The source over all its changes."""
 
@@ -484,8 +486,21 @@ def _check_writable(array: Any) -> None:
         )
 
 
+_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
 def _save_the_rest(saver: Saver) -> None:
     try:
         saver.save()
     except SaveError:
         _logger.exception("%d changed cells of a source are lost", len(saver))
+
+
+def _at_exit() -> None:
+    for saver in list(_savers):
+        _save_the_rest(saver)
+
+
+# zarr writes by way of an executor, which is shut down before what `atexit` knows is called. As
+# executors themselves do, this asks to be called before that.
+getattr(threading, "_register_atexit", atexit.register)(_at_exit)
