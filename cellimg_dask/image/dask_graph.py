@@ -24,6 +24,7 @@ def to_dask(loader: CellLoader) -> da.Array:
     if grid.num_cells == 0:
         return da.zeros(grid.shape, dtype=loader.dtype, chunks=grid.chunks)
     name = dask_name(loader)
+    loader = loader.pinned()
     if da.array_expr_enabled():
         return _to_dask_expression(loader, name, meta)
     return da.Array(graph_of(loader), name, grid.chunks, meta=meta)

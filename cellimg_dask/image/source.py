@@ -23,7 +23,7 @@ from cellimg_dask.loading.node import SourceNode
 from cellimg_dask.loading.readers import check_array, native
 from cellimg_dask.loading.source import MemoryReader, SourceReader, StoredReader
 from cellimg_dask.loading.stored import Saver, StoredCells, Version
-from cellimg_dask.loading.watch import Change
+from cellimg_dask.loading.watch import Change, deliver
 from cellimg_dask.state.cache import CellCache, get_cache
 from cellimg_dask.state.flights import CircularWaitError, Turn
 from cellimg_dask.state.pages import Pages
@@ -283,6 +283,7 @@ class Source:
                 saved = self._commit(edit)
         finally:
             self._turn.leave()
+        deliver()
         if self._saver is not None and saved:
             if self._saves_at_once:
                 self._saver.save(saved)

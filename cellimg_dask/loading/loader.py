@@ -191,7 +191,11 @@ class CellLoader:
                 new is old or (isinstance(old, ImageReader) and copies[old.loader] is old.loader)
                 for new, old in zip(readers, loader.readers, strict=True)
             )
-            copies[loader] = loader if same else loader.reading(readers)
+            if same:
+                copies[loader] = loader
+            else:
+                copies[loader] = loader.reading(readers)
+                copies[loader].token = loader.token
         return copies[self]
 
     def crew(self) -> Crew:

@@ -97,7 +97,7 @@ class SourceNode(Node):
     ) -> None:
         """Put another edition in place, in which the voxels of ``parts`` differ.
 
-        ``along`` is called when nothing can keep the change from taking place any more, perhaps
+        Watchers are told by the next `deliver`. ``along`` is called when nothing can keep the change from taking place any more, perhaps
         more than once.
         """
         with _change() as change:
@@ -177,6 +177,7 @@ class ImageNode(Node):
                     for part in cells:
                         reader.forget(region_read(loader.planner, number, part))
             change.reach(self, cells)
+        deliver()
 
     def set_params(self, params: Mapping[str, Any]) -> None:
         """Replace the parameters of the function.
@@ -189,6 +190,7 @@ class ImageNode(Node):
             change.params[self] = params
             grid = self.now.grid
             change.reach(self, [CellProduct(grid, [range(n) for n in grid.grid_shape])])
+        deliver()
 
     def own_signature(self, params: Mapping[str, Any]) -> Signature:
         """Return what parameters add to the signature."""
@@ -345,7 +347,7 @@ class _Change:
 
 @contextmanager
 def _change() -> Iterator[_Change]:
-    """Prepare a change, which takes place at the end, and tell of it."""
+    """Prepare a change, which takes place at the end; whoever makes it lets it be told."""
     with _changes:
         if getattr(_changing, "now", False):
             raise RuntimeError("an index_map must not change what it is asked about")
@@ -357,7 +359,6 @@ def _change() -> Iterator[_Change]:
             change.take_place()
         finally:
             _changing.now = False
-    deliver()
 
 
 def _readers_of(node: Node) -> Iterator[tuple[ImageNode, int]]:

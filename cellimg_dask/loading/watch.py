@@ -89,6 +89,8 @@ class Watchers:
                 callback(change)
             except Exception:
                 _logger.exception("%r, called because an image has changed, raised", callback)
+            # What is logged may hold this frame.
+            del callback
 
 
 class _Post:
