@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -35,6 +36,7 @@ __all__ = ["ImageNode", "Node", "SourceNode", "defining"]
 # change, or made from what is there after it.
 _changes = threading.RLock()
 _changing = threading.local()
+_numbers = count()
 
 _REMEMBERED_PLACES = 16
 
@@ -97,8 +99,8 @@ class SourceNode(Node):
     ) -> None:
         """Put another edition in place, in which the voxels of ``parts`` differ.
 
-        Watchers are told by the next `deliver`. ``along`` is called when nothing can keep the change from taking place any more, perhaps
-        more than once.
+        Watchers are told by the next `deliver`. ``along`` is called when nothing can keep the
+        change from taking place any more, perhaps more than once.
         """
         with _change() as change:
             change.begin(self, edition, parts, along)
@@ -118,6 +120,8 @@ class ImageNode(Node):
 
     def __init__(self, loader: CellLoader, inputs: Sequence[Node | None] | None) -> None:
         super().__init__(loader)
+        self.number = next(_numbers)
+        """In the order in which images are made."""
         self.is_snapshot = inputs is None
         """Whether it never changes."""
         self.inputs = tuple(inputs or ())
@@ -282,7 +286,7 @@ class _Change:
         """Note that cells of an image change, perhaps none: it is made anew in any case."""
         if node not in self._reached:
             self._reached[node] = []
-            heappush(self._waiting, (node.depth, len(self._reached), node))
+            heappush(self._waiting, (node.depth, node.number, node))
         self._reached[node] += cells
 
     def spread(self) -> None:

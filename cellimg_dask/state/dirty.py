@@ -38,8 +38,8 @@ from cellimg_dask.state.cells import (
 )
 
 __all__ = [
-    "Change",
     "Points",
+    "Touched",
     "VoxelMask",
     "affected_cells",
     "cells_meeting",
@@ -81,7 +81,7 @@ class Points:
     """One row per voxel, one column per axis; rows may come twice."""
 
 
-Change: TypeAlias = Region | VoxelMask | Points | Cells
+Touched: TypeAlias = Region | VoxelMask | Points | Cells
 """Changed voxels of an array, or cells of an image all of whose voxels changed."""
 
 
@@ -117,7 +117,7 @@ def cells_meeting(grid: CellGrid | TileGrid, change: Region | VoxelMask | Points
     return CellProduct(grid, positions)
 
 
-def affected_cells(planner: Planner, number: int, change: Change) -> Cells:
+def affected_cells(planner: Planner, number: int, change: Touched) -> Cells:
     """Return the cells that read a changed voxel of input ``number``, and no others.
 
     An index map is asked only when the result is asked for a cell, or iterated; where it fails,
@@ -345,7 +345,9 @@ class _Reading:
     def copies(self) -> list[tuple[int, int]]:
         """Return how the border repeats the axis: x is seen at ``sign * x + offset`` too."""
         before, after, n = self.before, self.after, self.extent
-        if self._clamps or self.boundary in ("none", "constant") or not (before or after):
+        # What is beyond the edge is the voxel at the edge, which whoever looks beyond reads anyway.
+        single = n == 1 or self.boundary in ("none", "constant", "edge")
+        if single or not (before or after):
             return [(1, 0)]
         mirrors: list[int]
         if self.boundary == "wrap":
@@ -365,13 +367,6 @@ class _Reading:
                     found.append((-1, offset + shift))
         return found
 
-    @property
-    def _clamps(self) -> bool:
-        """Whether what lies beyond the border is the voxel at the border."""
-        return self.boundary == "edge" or (
-            self.extent == 1 and self.boundary not in ("none", "constant")
-        )
-
     def readers(self, runs: Runs) -> Runs:
         """Return the positions that read a voxel of the runs, which lie in the axis."""
         copies = self.copies()
@@ -380,13 +375,10 @@ class _Reading:
             _, lows, highs = self.reader_ranges(bounds[:, 0], bounds[:, 1])
             return _joined(list(zip(lows.tolist(), highs.tolist(), strict=True)), self.count)
         found = []
-        clamps, beyond = self._clamps, self.end + self.after
+        beyond = self.end + self.after
         for start, stop in runs:
             for sign, offset in copies:
                 a, b = _copied(start, stop, sign, offset)
-                if clamps:
-                    a = -self.before if start == 0 else a
-                    b = beyond if stop == self.extent else b
                 if a < beyond:
                     low = min((a - self.after) // self.step, self.count - 1)
                     found.append((low, -(-(b + self.before) // self.step)))
@@ -399,13 +391,10 @@ class _Reading:
         same order; ranges may be empty or overlap.
         """
         lows, highs = [], []
-        clamps, beyond = self._clamps, self.end + self.after
+        beyond = self.end + self.after
         copies = self.copies()
         for sign, offset in copies:
             a, b = _copied(start, stop, sign, offset)
-            if clamps:
-                a = np.where(start == 0, -self.before, a)
-                b = np.where(stop == self.extent, beyond, b)
             low = np.minimum((a - self.after) // self.step, self.count - 1)
             low = np.maximum(low, 0)
             high = np.minimum(-(-(b + self.before) // self.step), self.count)
@@ -505,7 +494,7 @@ def _readers_of_groups(grid: CellGrid, readings: Sequence[_Reading], voxels: _Gr
             # Each piece is a group: those that are read alike become one.
             firsts = _runs_of_like(low, high, len(labels))
             if len(firsts) < len(labels):
-                mask = _any_of_runs(mask, axis, firsts, cuts)
+                mask = _any_of_runs(mask, axis, firsts)
                 kept = np.zeros(len(labels), np.bool_)
                 kept[firsts] = True
                 taken = kept[which]
@@ -525,8 +514,15 @@ def _runs_of_like(low: _Ints, high: _Ints, count: int) -> _Ints:
     return np.append(0, np.flatnonzero(new) + 1)
 
 
-def _any_of_runs(mask: _Bools, axis: int, firsts: _Ints, cuts: _Ints) -> _Bools:
-    found: _Bools = np.logical_or.reduceat(mask, firsts, axis=axis)
+def _any_of_runs(mask: _Bools, axis: int, firsts: _Ints) -> _Bools:
+    """Return per run along an axis whether any is True; runs follow each other."""
+    found: _Bools
+    if axis + 1 < mask.ndim and mask.size > 1 << 14:
+        # `reduceat` walks along the axis, however far its elements are apart.
+        parts = np.split(mask, firsts[1:], axis=axis)
+        found = np.stack([np.logical_or.reduce(part, axis=axis) for part in parts], axis=axis)
+    else:
+        found = np.logical_or.reduceat(mask, firsts, axis=axis)
     return found
 
 

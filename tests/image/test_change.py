@@ -225,8 +225,14 @@ def test_callbacks_are_held_weakly_and_one_that_raises_breaks_nothing(caplog):
         source[0] = 2
     assert told == ["method", "function"]
     assert fails
+
+    class Unheld:
+        __slots__ = ()
+
+        def __call__(self, change: ci.Change) -> None: ...
+
     with pytest.raises(TypeError, match="held weakly"):
-        image.on_dirty(print)
+        image.on_dirty(Unheld())
 
 
 def test_callbacks_may_read_and_edit_and_are_told_in_order():

@@ -33,7 +33,7 @@ from cellimg_dask.state.cells import (
     union,
 )
 from cellimg_dask.state.dirty import (
-    Change,
+    Touched,
     Points,
     VoxelMask,
     affected_cells,
@@ -508,7 +508,7 @@ def agree(cells: Cells, grid: ci.CellGrid, expected: set[int]) -> None:
 
 
 @st.composite
-def changes(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Change, np.ndarray]:
+def changes(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Touched, np.ndarray]:
     """Changed voxels as the library is told, and as an array."""
     changed = np.zeros(shape, bool)
     kind = draw(st.sampled_from(["region", "mask", "points"]))
@@ -533,6 +533,8 @@ def changes(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Change, np.ndarray
         # It may hang over, or lie outside altogether.
         origin = tuple(draw(st.integers(-3, n + 1)) for n in shape)
         sizes = tuple(draw(st.integers(0, n + 3)) for n in shape)
+        if draw(st.booleans()):
+            origin, sizes = (0,) * len(shape), shape
         count = int(np.prod(sizes, dtype=int))
         share = draw(st.sampled_from([0.05, 0.3, 0.9, 1]))
         numbers = np.random.default_rng(draw(st.integers(0, 999)))
@@ -550,9 +552,9 @@ def changes(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Change, np.ndarray
     return Points(coords), changed
 
 
-def walk(source: Stage, later: Sequence[Stage], change: Change, changed: np.ndarray) -> None:
+def walk(source: Stage, later: Sequence[Stage], change: Touched, changed: np.ndarray) -> None:
     """Follow a change of the source's voxels and compare each image's cells with the oracle."""
-    told: dict[int, Change] = {id(source): change}
+    told: dict[int, Touched] = {id(source): change}
     truth = {id(source): changed}
     for stage in later:
         planner = stage.img.loader.planner
@@ -782,7 +784,7 @@ LEFT, RIGHT, AFTER = (
 )
 
 
-def diamonds(shape: Sequence[int], change: Change) -> list[Cells]:
+def diamonds(shape: Sequence[int], change: Touched) -> list[Cells]:
     """Send a change through ten diamonds whose sides have halos to different sides."""
     sides = [
         linked(shape, (2,) * 3, LEFT),
@@ -805,7 +807,7 @@ def test_ten_diamonds_in_a_row_stay_few_parts_and_exact(kind):
     offset, far = 50, 2_000
     disk = np.add.outer(np.arange(-4, 5) ** 2, np.arange(-4, 5) ** 2) < 17
 
-    def change(at: int) -> Change:
+    def change(at: int) -> Touched:
         if kind == "box":
             return region_of(ci.Roi((at, at, at), (at + 15, at + 4, at + 1)))
         if kind == "mask":
@@ -934,3 +936,43 @@ def test_points_that_a_huge_number_of_cells_read_are_asked_cell_by_cell():
     cells = affected_cells(Planner(grid, [plane]), 0, Points(np.stack([rows, rows * 3], axis=1)))
     assert grid.index((12345, 7, 21)) in cells
     assert grid.index((12345, 7, 42)) not in cells
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_large_mask_is_reduced_alike_along_each_axis(axis):
+    shape = tuple(60 if n == axis else 30 for n in range(3))
+    mask = np.random.default_rng(0).random(shape) < 0.001
+    planner = linked((90,) * 3, (7, 5, 9), [(2, 1), (0, 3), (4, 0)])
+    cells = affected_cells(planner, 0, VoxelMask((20, 11, 3), mask))
+    changed = np.zeros((90,) * 3, bool)
+    changed[20 : 20 + shape[0], 11 : 11 + shape[1], 3 : 3 + shape[2]] = mask
+    expected = {
+        index
+        for index in range(planner.grid.num_cells)
+        if any(changed[box].any() for box in planner.plan(index).boxes(0))
+    }
+    assert set(cells) == expected
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("limit", [1, 1 << 22])
+def test_an_input_whose_axes_follow_in_another_order(boundary, limit, monkeypatch):
+    """Two axes crossed, one that is read whole, and an output axis that none follows."""
+    monkeypatch.setattr(dirty_module, "_DENSE", limit)
+    shape = (7, 3, 9)
+    grid = ci.CellGrid((9, 5, 7), (1, 2, 2))
+    links = (AxisLink(2), AxisLink(None), AxisLink(0))
+    for halo in [(0, 0, 0), (1, 2, 0), (0, 0, 11)]:
+        item = InputPlan(shape, Halo(halo, halo[::-1]), boundary, links)
+        planner = Planner(grid, [item])
+        for seed in range(5):
+            changed = np.random.default_rng(seed).random(shape) < 0.03
+            expected = {
+                index
+                for index in range(grid.num_cells)
+                if any(changed[box].any() for box in planner.plan(index).boxes(0))
+            }
+            assert expected, "something to compare"
+            mask = affected_cells(planner, 0, VoxelMask((0, 0, 0), changed))
+            agree(mask, grid, expected)
+            agree(affected_cells(planner, 0, Points(np.argwhere(changed))), grid, expected)
