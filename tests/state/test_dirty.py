@@ -33,8 +33,8 @@ from cellimg_dask.state.cells import (
     union,
 )
 from cellimg_dask.state.dirty import (
-    Touched,
     Points,
+    Touched,
     VoxelMask,
     affected_cells,
     cells_meeting,
