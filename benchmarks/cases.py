@@ -29,6 +29,11 @@ MODULES = {
     "killed_client": "faults",
     "write": "batch_writing",
     "filter": "batch_filtering",
+    "warm_requests": "changing",
+    "one_voxel": "changing",
+    "dependents": "changing",
+    "readers_and_editors": "changing",
+    "write_back": "changing",
 }
 
 if __name__ == "__main__":
