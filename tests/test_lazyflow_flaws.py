@@ -37,7 +37,9 @@ def test_ten_diamonds_give_1024_notifications_there():
     image: Any = source
     images = []
     for _ in range(10):
-        left = ci.map_cells(ndi.maximum_filter1d, image, halo=(1, 0), dtype=int, params={"size": 1})
+        left = ci.map_cells(
+            ndi.maximum_filter1d, image, halo=[(1, 0)], dtype=int, params={"size": 1}
+        )
         right = ci.map_cells(np.negative, image, dtype=int)
         image = ci.map_cells(plus, left, right, dtype=int)
         images += [left, right, image]
