@@ -175,7 +175,12 @@ class Saver:
             begin = 2 * self.bytes > self.max_bytes and not self._in_background
             self._in_background |= begin
         if begin:
-            get_crew().spawn(self._write_back)
+            thread = threading.Thread(target=self._write_back, name="cellimg-save", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                # Python ends, and all is saved then.
+                self._in_background = False
 
     def save(self, indices: Iterable[int] | None = None) -> None:
         """Save cells, all of them for None; returns when they are in the store.
