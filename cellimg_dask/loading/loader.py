@@ -7,7 +7,7 @@ batch runs and the server. Plan, read the inputs, call, check, publish.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, partial
 from time import perf_counter, time_ns
@@ -372,6 +372,11 @@ class CellLoader:
         if self.shelf.edition <= self.edition or not self.has_changed(index):
             return held
         return None if self._aside is None else self._aside.peek(index)
+
+    def forget_elsewhere(self, shelf: Shelf, cells: Collection[int]) -> None:
+        """Have those who compute whole cells forget some, that are kept here on ``shelf``."""
+        if self._cells is not None:
+            self._cells.forget(shelf, cells)
 
     def read_held(
         self, start: Sequence[int], stop: Sequence[int], out: NDArray[Any], fill_value: Any

@@ -157,8 +157,7 @@ class ImageNode(Node):
                 place.shelf.invalidate(cells, number, frozen.loader.aside(), frozen.changed)
             else:
                 place.shelf.invalidate(cells, number)
-            if loader.queue is not None and loader.queue.cells is not None:
-                loader.queue.cells.forget(place.shelf, cells)
+            loader.forget_elsewhere(place.shelf, cells)
 
     def invalidate(self, roi: Roi) -> None:
         """Forget the cells that read a voxel of the region, and what was made from them.
