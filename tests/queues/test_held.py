@@ -57,7 +57,7 @@ def keep_batch(
 
 
 def indices_held(held: Held, image: int, indices: Collection[int] = range(20)) -> set[int]:
-    taken, dead = held.take(image, indices)
+    taken, dead = held.take(image, indices, held.generation(image))
     for future in (*(found.future for found in taken), *dead):
         future.release()
     return {index for found in taken for index in found.places}
@@ -66,7 +66,7 @@ def indices_held(held: Held, image: int, indices: Collection[int] = range(20)) -
 def test_a_handle_of_its_own_for_whoever_takes(client: FakeClient) -> None:
     held = Held(10)
     kept = keep(held, client, 0, 1)
-    taken, dead = held.take(0, [0, 1, 2])
+    taken, dead = held.take(0, [0, 1, 2], held.generation(0))
     assert dead == []
     ((future, places),) = taken
     assert places == {1: None}
@@ -121,7 +121,7 @@ def test_cells_of_a_batch_are_found_with_their_places(client: FakeClient) -> Non
     held = Held(20)
     keep_batch(held, client, 0, [3, 5, 7], nbytes=9)
     keep(held, client, 0, 4)
-    taken, dead = held.take(0, range(3, 7))
+    taken, dead = held.take(0, range(3, 7), held.generation(0))
     assert dead == []
     assert {found.future.key: found.places for found in taken} == {
         "0-[3, 5, 7]": {3: "at 3", 5: "at 5"},
@@ -217,10 +217,10 @@ def test_what_failed_meanwhile_is_handed_out_to_be_released(
     dead = keep(held, client, 0, 0)
     keep(held, client, 0, 1)
     dead.status = status
-    found, gone = held.take(0, [0, 1])
+    found, gone = held.take(0, [0, 1], held.generation(0))
     assert [taken.places for taken in found] == [{1: None}]
     assert gone == [dead]
-    assert held.take(0, [0]) == ([], [])
+    assert held.take(0, [0], held.generation(0)) == ([], [])
     assert held.bytes == 1
 
 
@@ -309,3 +309,14 @@ def test_it_is_a_list_by_last_use_under_a_bound(steps: list[Any]) -> None:
         assert wanted(client) == {future.key for future in model}
         assert held.bytes == sum(nbytes for _, nbytes, _ in model.values()) <= 10
         assert len(held) == sum(len(cells) for _, _, cells in model.values())
+
+
+def test_nothing_is_found_for_whoever_asks_with_an_older_generation(client: FakeClient) -> None:
+    """He asks for cells of before a change, and what is held may have been computed since."""
+    held = Held(10)
+    before = held.generation(0)
+    held.forget(0, [5])
+    keep(held, client, 0, 1)
+    assert held.take(0, [1], before) == ([], [])
+    taken, _ = held.take(0, [1], held.generation(0))
+    assert [found.places for found in taken] == [{1: None}]
