@@ -21,7 +21,7 @@ from cellimg_dask.loading.node import SourceNode
 from cellimg_dask.loading.readers import check_array, native
 from cellimg_dask.loading.source import MemoryReader, SourceReader, StoredReader
 from cellimg_dask.loading.stored import Saver, StoredCells, Version
-from cellimg_dask.loading.watch import Change
+from cellimg_dask.loading.watch import Change, deliver
 from cellimg_dask.state.cache import CellCache, get_cache
 from cellimg_dask.state.flights import CircularWaitError, Turn
 from cellimg_dask.state.pages import Pages
@@ -281,6 +281,8 @@ class Source:
                 saved = self._commit(edit)
         finally:
             self._turn.leave()
+            # After that, so that callbacks may edit this source as well.
+            deliver()
         if self._saver is not None and saved:
             if self._saves_at_once:
                 self._saver.save(saved)
@@ -399,7 +401,7 @@ class Edit(NDArrayOperatorsMixin):
     def __setitem__(self, key: Any, value: Any) -> None:
         """Write; values are cast as NumPy casts them on assignment."""
         self._check_open()
-        part = assign(self._reader.grid, self._writable, key, value)
+        part = assign(self._reader.grid, self.dtype, self._writable, key, value)
         if part is not None:
             self._written.append(part)
 
