@@ -284,7 +284,7 @@ class CellImg(NDArrayOperatorsMixin):
         for name in params:
             if name not in known:
                 _check_parameter(self.loader.function, name)
-        self.node.set_params({**known, **params})
+        self.node.set_params(params)
 
     def snapshot(self) -> CellImg:
         """Return the image as it is now, whatever changes afterwards.
@@ -351,7 +351,7 @@ class CellImg(NDArrayOperatorsMixin):
         if frozen is None:
             self._retrying(lambda loader: loader.read(roi.start, roi.stop, out))
         else:
-            frozen.loader.read_held(roi.start, roi.stop, out, frozen.fill_value)
+            frozen.read(roi.start, roi.stop, out)
 
     def _retrying(self, work: Callable[[CellLoader], T]) -> T:
         """Do something with the present edition; once more if its store changes meanwhile."""

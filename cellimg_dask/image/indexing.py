@@ -55,21 +55,35 @@ def take(grid: CellGrid, dtype: np.dtype[Any], tile: Tile, key: Any) -> Any:
         out = np.empty([len(axis.chosen) for axis in axes], dtype)
         for part in _parts(grid, axes):
             out[part.target] = tile(part.cell)[part.local]
-        return out[_as_asked(axes)]
+        asked = out[_as_asked(axes)]
+        keeps_array = asked.ndim or isinstance(key, Roi) or key is Ellipsis
+        if keeps_array or (isinstance(key, tuple) and any(item is Ellipsis for item in key)):
+            return asked
+        return asked[()]
     coords = _coordinates(key, grid.shape)
     found = np.empty(coords[0].size, dtype)
     for index, local, chosen in _by_cell(grid, coords):
         found[chosen] = tile(index)[local]
-    return found.reshape(coords[0].shape)
+    found = found.reshape(coords[0].shape)
+    return found if isinstance(coords[0], np.ndarray) else found[()]
 
 
-def assign(grid: CellGrid, cell: Writable, key: Any, value: Any) -> VoxelChange | None:
-    """Do ``array[key] = value`` as NumPy does, and return the voxels that were written, if any."""
-    value = np.asarray(value)
+def assign(
+    grid: CellGrid, dtype: np.dtype[Any], cell: Writable, key: Any, value: Any
+) -> VoxelChange | None:
+    """Do ``array[key] = value`` as NumPy does, and return the voxels that were written, if any.
+
+    Where that fails, nothing has been written.
+    """
+    value = np.asarray(value, dtype)
     axes = _basic(key, grid.shape)
     if axes is not None:
         shape = [len(axis.chosen) for axis in axes if not axis.dropped]
         given = _broadcast(value, tuple(shape))[_as_stored(axes)]
+        for part in _parts(grid, axes):
+            if not part.is_all:
+                # A store may fail to give what is there already.
+                cell(part.cell, False)
         for part in _parts(grid, axes):
             cell(part.cell, part.is_all)[part.local] = given[part.target]
         if not all(axis.chosen for axis in axes):
@@ -87,7 +101,10 @@ def assign(grid: CellGrid, cell: Writable, key: Any, value: Any) -> VoxelChange 
     if coords[0].size == 0:
         return None
     values = _broadcast(value, coords[0].shape).ravel()
-    for index, local, chosen in _by_cell(grid, coords):
+    parts = list(_by_cell(grid, coords))
+    for index, _, _ in parts:
+        cell(index, False)
+    for index, local, chosen in parts:
         cell(index, False)[local] = values[chosen]
     return Points(np.stack([axis.ravel() for axis in coords], axis=1))
 
@@ -203,11 +220,14 @@ def _assign_by_mask(
     origin = tuple(axis.chosen.start for axis in box)
     # A copy: it is needed until the change takes place.
     inner = mask[tuple(slice(axis.chosen.start, axis.chosen.stop) for axis in box)].copy()
-    for part in _parts(grid, box):
-        here = inner[part.target]
-        if here.any():
-            view = cell(part.cell, part.is_all and bool(here.all()))[part.local]
-            view[here] = value
+    parts = [part for part in _parts(grid, box) if inner[part.target].any()]
+    full = [part.is_all and bool(inner[part.target].all()) for part in parts]
+    for part, is_all in zip(parts, full, strict=True):
+        if not is_all:
+            cell(part.cell, False)
+    for part, is_all in zip(parts, full, strict=True):
+        view = cell(part.cell, is_all)[part.local]
+        view[inner[part.target]] = value
     return VoxelMask(origin, inner)
 
 

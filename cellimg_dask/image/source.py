@@ -283,7 +283,8 @@ class Source:
                 saved = self._commit(edit)
         finally:
             self._turn.leave()
-        deliver()
+            # After that, so that callbacks may edit this source as well.
+            deliver()
         if self._saver is not None and saved:
             if self._saves_at_once:
                 self._saver.save(saved)
@@ -402,7 +403,7 @@ class Edit(NDArrayOperatorsMixin):
     def __setitem__(self, key: Any, value: Any) -> None:
         """Write; values are cast as NumPy casts them on assignment."""
         self._check_open()
-        part = assign(self._reader.grid, self._writable, key, value)
+        part = assign(self._reader.grid, self.dtype, self._writable, key, value)
         if part is not None:
             self._written.append(part)
 

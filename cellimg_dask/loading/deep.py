@@ -20,7 +20,6 @@ from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.geometry import CellGrid, tiles
 from cellimg_dask.loading.crew import Crew
 from cellimg_dask.loading.readers import Reader
-from cellimg_dask.state.cache import Shelf
 
 __all__ = ["PILLAR_DISTANCE", "supported"]
 
@@ -34,7 +33,6 @@ class ChainLoader(Protocol):
 
     depth: int
     readers: tuple[Reader, ...]
-    shelf: Shelf
 
     @property
     def grid(self) -> CellGrid:
@@ -55,6 +53,10 @@ class ChainLoader(Protocol):
 
     def load(self, index: int) -> NDArray[Any]:
         """Return a cell."""
+        ...
+
+    def peek(self, index: int) -> NDArray[Any] | None:
+        """Return a cell if it is in memory."""
         ...
 
 
@@ -109,7 +111,7 @@ class supported:  # noqa: N801 - a context manager, used like a function
             is_pillar = loader.depth % PILLAR_DISTANCE == 0
             missing = []
             for index in sorted(needed[loader]):
-                value = loader.shelf.peek(index)
+                value = loader.peek(index)
                 if value is not None:
                     self._held.append(value)
                     continue

@@ -378,14 +378,6 @@ class CellLoader:
         if self._cells is not None:
             self._cells.forget(shelf, cells)
 
-    def read_held(
-        self, start: Sequence[int], stop: Sequence[int], out: NDArray[Any], fill_value: Any
-    ) -> None:
-        """Fill ``out`` with what is in memory of a region, and ``fill_value`` elsewhere."""
-        for index, source, target in tiles(self.grid, start, stop)[1]:
-            held = self.peek(index)
-            out[target] = fill_value if held is None else held[source]
-
     def aside(self) -> Shelf:
         """Return the shelf for cells that have changed since this edition."""
         with self._aside_lock:

@@ -13,9 +13,11 @@ from itertools import count
 from typing import Any
 from uuid import uuid4
 
+from numpy.typing import NDArray
+
 from cellimg_dask.blocks.content import NoContentError, digest, value_content
 from cellimg_dask.blocks.plan import Region
-from cellimg_dask.geometry import CellGrid, Roi
+from cellimg_dask.geometry import CellGrid, Roi, tiles
 from cellimg_dask.loading.loader import CellLoader, ImageReader, Place, Signature
 from cellimg_dask.loading.readers import ChunkedReader, Reader
 from cellimg_dask.loading.watch import Change, Watchers, deliver, post
@@ -99,8 +101,8 @@ class SourceNode(Node):
     ) -> None:
         """Put another edition in place, in which the voxels of ``parts`` differ.
 
-        Watchers are told by the next `deliver`. ``along`` is called when nothing can keep the
-        change from taking place any more, perhaps more than once.
+        ``along`` is called when the change has taken place, perhaps more than once. Watchers are
+        told with the next `deliver`.
         """
         with _change() as change:
             change.begin(self, edition, parts, along)
@@ -154,7 +156,7 @@ class ImageNode(Node):
         for place in self._places.values():
             if frozen is not None and place is frozen.loader.place:
                 # What is shown goes on to be shown.
-                place.shelf.invalidate(cells, number, frozen.loader.aside(), frozen.changed)
+                frozen.put_aside(cells, number)
             else:
                 place.shelf.invalidate(cells, number)
             loader.forget_elsewhere(place.shelf, cells)
@@ -167,7 +169,7 @@ class ImageNode(Node):
         self._check_changeable()
         if roi.size == 0:
             return
-        with _change() as change:
+        with _delivering(), _change() as change:
             loader: CellLoader = self.now
             region = region_of(roi)
             cells: list[Cells] = [cells_meeting(loader.grid, region)]
@@ -180,20 +182,18 @@ class ImageNode(Node):
                     for part in cells:
                         reader.forget(region_read(loader.planner, number, part))
             change.reach(self, cells)
-        deliver()
 
     def set_params(self, params: Mapping[str, Any]) -> None:
-        """Replace the parameters of the function.
+        """Replace some parameters of the function.
 
         Nothing is forgotten: cells of other parameters are kept in another place, here and
         downstream.
         """
         self._check_changeable()
-        with _change() as change:
-            change.params[self] = params
+        with _delivering(), _change() as change:
+            change.params[self] = {**self.now.params, **params}
             grid = self.now.grid
             change.reach(self, [CellProduct(grid, [range(n) for n in grid.grid_shape])])
-        deliver()
 
     def own_signature(self, params: Mapping[str, Any]) -> Signature:
         """Return what parameters add to the signature."""
@@ -215,13 +215,12 @@ class ImageNode(Node):
 
     def thaw(self) -> None:
         """Show what there is now, and tell what changed meanwhile."""
-        with _changes:
+        with _delivering(), _changes:
             frozen, self.frozen = self.frozen, None
             if frozen is None:
                 raise ValueError("the image is not frozen")
             if self.watchers and next(iter(frozen.changed), None) is not None:
                 post(self.watchers, Change(clock.number, frozen.changed))
-        deliver()
 
     def _check_changeable(self) -> None:
         if self.is_snapshot:
@@ -244,6 +243,24 @@ class Frozen:
         self.fill_value = fill_value
         self.changed: Cells = no_cells(loader.grid)
         """What has changed since."""
+        # What of it is not shown from its shelf any more, where there may be newer cells.
+        self._aside: Cells = no_cells(loader.grid)
+
+    def put_aside(self, cells: Cells, number: int) -> None:
+        """Keep what is shown of cells that are forgotten for the change ``number``."""
+        loader = self.loader
+        loader.shelf.invalidate(cells, number, loader.aside(), self._aside)
+        # Before the change takes place, and so before there are newer cells.
+        self._aside = union(loader.grid, [self._aside, cells])
+
+    def read(self, start: Sequence[int], stop: Sequence[int], out: NDArray[Any]) -> None:
+        """Fill ``out`` with what is shown of a region."""
+        for index, source, target in tiles(self.loader.grid, start, stop)[1]:
+            held = self.loader.shelf.peek(index)
+            # Asked afterwards: what has been put aside meanwhile is there.
+            if held is None or index in self._aside:
+                held = self.loader.aside().peek(index)
+            out[target] = self.fill_value if held is None else held[source]
 
 
 @contextmanager
@@ -266,6 +283,7 @@ class _Change:
         self._cells: dict[Node, Cells] = {}
         self._reached: dict[ImageNode, list[Cells]] = {}
         self._waiting: list[tuple[int, int, ImageNode]] = []
+        self._told: set[Node] = set()
 
     def begin(
         self,
@@ -320,9 +338,10 @@ class _Change:
                 made[node] = self._renewed(node, made)
         for node, edition in made.items():
             node._prepare(self.number, edition)
+        clock.number = self.number
+        # Not before: who reads what was there until now could find that it is gone already.
         if self._along is not None:
             self._along()
-        clock.number = self.number
         for node in made:
             node._settle()
             self._tell(node)
@@ -341,6 +360,9 @@ class _Change:
         return loader.renewed(readers, params, signature, node.place(signature))
 
     def _tell(self, node: Node) -> None:
+        if node in self._told:
+            return
+        self._told.add(node)
         cells = self._cells[node]
         if isinstance(node, ImageNode) and node.frozen is not None:
             node.frozen.changed = union(node.now.grid, [node.frozen.changed, cells])
@@ -350,7 +372,7 @@ class _Change:
 
 @contextmanager
 def _change() -> Iterator[_Change]:
-    """Prepare a change, which takes place at the end; whoever makes it lets it be told."""
+    """Prepare a change, which takes place at the end."""
     with _changes:
         if getattr(_changing, "now", False):
             raise RuntimeError("an index_map must not change what it is asked about")
@@ -362,6 +384,15 @@ def _change() -> Iterator[_Change]:
             change.take_place()
         finally:
             _changing.now = False
+
+
+@contextmanager
+def _delivering() -> Iterator[None]:
+    """Tell watchers at the end, when nothing is held that they might need."""
+    try:
+        yield
+    finally:
+        deliver()
 
 
 def _readers_of(node: Node) -> Iterator[tuple[ImageNode, int]]:

@@ -334,13 +334,14 @@ class ClusterCells:
             image = self._image(loader, loader.edition)
             return image, self.held.generation(image.number)
         if loader.edition > image.edition:
-            known, image.edition = image.edition, loader.edition
             if loader.queue is None or loader.queue.cells is not self:
                 # An image upstream that knows nothing of this queue, and so does not tell what
                 # to forget.
-                for part in loader.history.cells_since(known):
+                for part in loader.history.cells_since(image.edition):
                     self.held.forget(image.number, part)
                 generation = self.held.generation(image.number)
+            # Not before: another thread would take what is still held for the latest.
+            image.edition = loader.edition
         return image, generation
 
     def _image(self, owner: object, edition: int) -> Image:

@@ -20,7 +20,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.errors import CellError
+from cellimg_dask.blocks.errors import CellError, SourceChangedError
 from cellimg_dask.blocks.functions import current_worker
 from cellimg_dask.geometry import as_int
 from cellimg_dask.state.disk import DiskCells
@@ -414,6 +414,8 @@ class Shelf:
             flight.join(done)
             if flight.error is None and flight.value is None:
                 continue  # Abandoned: the thread was interrupted.
+            if isinstance(flight.error, SourceChangedError):
+                continue  # It read what is gone; that need not be what this caller reads.
             with cache._lock:
                 self._stats.joins += 1
             if flight.error is not None:
