@@ -263,10 +263,6 @@ def fit_cache() -> None:
         cache.resize(limit // 4)
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 class TileLayer(Layer):  # type: ignore[misc]  # dask is not typed
     """The cells of a source as tasks, made when they are asked for."""
 
@@ -435,7 +431,8 @@ class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
         for name in reversed(self._stages):
             stage = self._stages[name]
             for key in wanted[name]:
-                task = tasks[key] = self._task(key, stage)
+                task = self._task(key, stage)
+                renamed: dict[Any, Any] = {}
                 for above in task.dependencies:
                     if not (isinstance(above, tuple) and above[0] in wanted):
                         continue
@@ -446,7 +443,8 @@ class CellLayer(Layer):  # type: ignore[misc]  # dask is not typed
                         tasks[above] = there
                     elif there != above:
                         # Computed before its image changed elsewhere, and named so.
-                        tasks[above] = Task(above, _same, TaskRef(there))
+                        renamed[above] = there
+                tasks[key] = task.substitute(renamed) if renamed else task
             if self._elsewhere and wanted[name]:
                 tasks[stage.call_key] = DataNode(stage.call_key, stage.call)
         return tasks
