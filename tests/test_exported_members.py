@@ -31,6 +31,7 @@ PUBLIC = [
     "NoWorkersError",
     "QueueClosedError",
     "ReadError",
+    "Request",
     "ResultError",
     "Roi",
     "RunReport",

@@ -35,7 +35,7 @@ from cellimg_dask.loading.readers import (
     native,
     read_windows,
 )
-from cellimg_dask.loading.running import BACKGROUND, Queue, priority
+from cellimg_dask.loading.running import Queue
 from cellimg_dask.state.cache import CellCache, Shelf
 from cellimg_dask.state.dirty import (
     CellProduct,
@@ -230,22 +230,6 @@ class CellLoader:
             self._compute_into(index, source, view)
 
         self.crew().run(parts, through_cache if keep else past_cache, count)
-
-    def prefetch(self, roi: Roi) -> None:
-        """Load the cells of the region, which lies in the image, into the cache."""
-        count, parts = tiles(self.grid, roi.start, roi.stop)
-        indices = (index for index, _, _ in parts)
-        before = priority.set(BACKGROUND)
-        try:
-            if self._cells is None:
-                self.crew().run(indices, self.load, count)
-            else:
-                missing = [index for index in indices if self.shelf.peek(index) is None]
-                with closing(self._fetch(missing, keep=True)) as cells:
-                    for _ in cells:
-                        pass
-        finally:
-            priority.reset(before)
 
     def _load_elsewhere(self, index: int) -> NDArray[Any]:
         held = self.shelf.peek(index)
