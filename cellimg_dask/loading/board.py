@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextvars import Context, copy_context
 from itertools import chain, count, islice
 from time import monotonic, perf_counter
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,15 +197,26 @@ class Job:
 class _Run:
     """A cell that is being computed, for all that want it."""
 
-    __slots__ = ("edition", "index", "jobs", "loader")
+    __slots__ = ("bypass", "context", "edition", "flight", "index", "jobs", "loader")
 
-    def __init__(self, loader: CellLoader, index: int, jobs: list[Job]) -> None:
-        self.loader = loader
+    def __init__(self, job: Job, index: int) -> None:
+        assert job.context is not None
+        self.loader = job.loader
         self.index = index
-        self.jobs = jobs
-        """Who wants it; the first is the most urgent."""
-        self.edition = loader.edition
+        self.bypass = job.bypass
+        # A copy: one context cannot be entered by two threads.
+        self.context = job.context.copy()
+        """What it is computed under: what its most urgent job is."""
+        self.flight = job.flight
+        """The computation that it is a part of."""
+        self.jobs = [job]
+        """Who wants it."""
+        self.edition = job.loader.edition
         """Of the image, as it is computed from."""
+
+    def attempt(self, flight: Flight | None) -> tuple[NDArray[Any] | None, BaseException | None]:
+        """Compute it as a part of a flight; return it, or the error."""
+        return self.context.run(_attempt, self.loader, self.index, self.bypass, flight)
 
 
 class Board:
@@ -263,11 +274,11 @@ class Board:
         job.pending, job.queue, job.running = {}, deque(), {}
         job.rest, job.unlisted = iter(()), 0
         job.context = job.flight = None
-        if job.event is not None:
-            job.event.set()
         if job.given_up is not None:
             job.given_up.set_result(None)
         callbacks, job.callbacks = job.callbacks, []
+        if job.event is not None:
+            callbacks.insert(0, job.event.set)
         return callbacks
 
     def abandon(self) -> None:
@@ -309,10 +320,12 @@ class Board:
         """Compute the next cell; False if there is none."""
         with self.lock:
             run = self._next()
-            if run is None:
-                return False
-            flight = run.jobs[0].flight
-        self._work(run, flight)
+        if run is None:
+            return False
+        over = self._finish(run, *run.attempt(run.flight))
+        # Who is told may look at once whether somebody still holds the result.
+        del run
+        _call(over)
         return True
 
     def _next(self) -> _Run | None:
@@ -347,44 +360,33 @@ class Board:
                     return True
                 if deadline is not None and monotonic() >= deadline:
                     return False
-                run = self._next_of(job)
-                joined = None if run is not None else next(iter(job.running), None)
-                context = job.context
-            if run is not None:
-                try:
-                    self._work(run, flight, for_me=True)
-                except BaseException:
-                    # Interrupted; others go on with it.
+                run, joins = self._next_of(job), False
+                if run is None:
+                    if not job.running:
+                        # Somebody puts the last cells into the result.
+                        return True
+                    # Whoever computes it may wait for this thread: the load finds that out.
+                    run, joins = _Run(job, next(iter(job.running))), True
+            value, error = run.attempt(flight)
+            if error is not None and not isinstance(error, Exception):
+                # This thread was interrupted; others go on with it.
+                if not joins:
                     self._put_back(run)
                     job.loader.crew().call_hands()
-                    raise
-            elif joined is not None:
-                assert context is not None
-                # Whoever computes it may wait for this thread: the load finds that out.
-                value, error = context.copy().run(_attempt, job.loader, joined, job.bypass, flight)
-                if _is_interrupt(error):
-                    raise error
-                self._hand_out([job], joined, value, error)
-            else:
-                # Somebody puts the last cells into the result.
-                return True
+                raise error
+            _call(self._finish(run, value, error))
 
     # ------------------------------------------------------------------ cells
 
-    def _work(self, run: _Run, flight: Flight | None, *, for_me: bool = False) -> None:
-        """Compute a cell and hand it out; with ``for_me`` this thread's interrupts are raised."""
-        job = run.jobs[0]
-        context = job.context
-        assert context is not None
-        # A copy: one context cannot be entered by two threads.
-        value, error = context.copy().run(_attempt, run.loader, run.index, job.bypass, flight)
-        if for_me and _is_interrupt(error):
-            raise error
+    def _finish(
+        self, run: _Run, value: NDArray[Any] | None, error: BaseException | None
+    ) -> list[_Callback]:
+        """Hand out a cell; return what to call now."""
         with self.lock:
             cell = run.loader, run.index
             if self._runs.get(cell) is run:
                 del self._runs[cell]
-        self._hand_out(run.jobs, run.index, value, error)
+        return self._hand_out(run.jobs, run.index, value, error)
 
     def _hand_out(
         self,
@@ -392,8 +394,8 @@ class Board:
         index: int,
         value: NDArray[Any] | None,
         error: BaseException | None,
-    ) -> None:
-        """Put a cell into the results of jobs, or fail them."""
+    ) -> list[_Callback]:
+        """Put a cell into the results of jobs, or fail them; return what to call now."""
         callbacks: list[_Callback] = []
         if value is not None:
             for job, target in self._claim(jobs, index):
@@ -408,8 +410,7 @@ class Board:
                     callbacks += self._delivered(job)
         elif error is not None:
             callbacks += self._fail([job for job, _ in self._claim(jobs, index)], error)
-        # Nothing waits for these: they may wait for any job.
-        _call(callbacks)
+        return callbacks
 
     def _claim(self, jobs: Sequence[Job], index: int) -> list[tuple[Job, _Place]]:
         """Take a cell off those that run; who does so puts it into the result."""
@@ -424,10 +425,11 @@ class Board:
 
     def _delivered(self, job: Job) -> list[_Callback]:
         with self.lock:
-            job.delivering -= 1
-            job.num_done += 1
-            if job.end is None and job.num_done == job.total:
-                return self.end(job, "done")
+            if job.end is None:
+                job.delivering -= 1
+                job.num_done += 1
+                if job.num_done == job.total:
+                    return self.end(job, "done")
         return []
 
     def _fail(self, jobs: Sequence[Job], error: BaseException) -> list[_Callback]:
@@ -450,7 +452,7 @@ class Board:
             if job.end is not None:
                 return False
             job.running[index] = place
-        self._hand_out([job], index, value, None)
+        _call(self._hand_out([job], index, value, None))
         return True
 
     # What follows expects the lock to be held.
@@ -472,14 +474,13 @@ class Board:
 
     def _start(self, job: Job, index: int) -> _Run:
         """Begin a cell for all that want it."""
-        jobs = [job]
+        run = _Run(job, index)
         if not job.bypass:
-            jobs += [each for each in self._wanted.pop((job.loader, index)) if each is not job]
-        for each in jobs:
+            cell = job.loader, index
+            run.jobs += [each for each in self._wanted.pop(cell) if each is not job]
+            self._runs[cell] = run
+        for each in run.jobs:
             each.running[index] = each.pending.pop(index)
-        run = _Run(job.loader, index, jobs)
-        if not job.bypass:
-            self._runs[job.loader, index] = run
         return run
 
     def _put_back(self, run: _Run) -> None:
@@ -633,10 +634,6 @@ def _past_cache(loader: CellLoader, index: int) -> NDArray[Any]:
         flight.landed = True
     loader.shelf.record(perf_counter() - began)
     return value
-
-
-def _is_interrupt(error: BaseException | None) -> TypeGuard[BaseException]:
-    return error is not None and not isinstance(error, Exception)
 
 
 def must_help() -> bool:

@@ -157,9 +157,10 @@ class Crew:
                 if self.backlog is None:
                     return
                 urgency, pieces = self.backlog.waiting(self.num_threads)
+                if not pieces or len(self._hands) >= self._room(urgency):
+                    return
                 # Those that are about to take a piece, or to look.
-                coming = sum(not hand.works for hand in self._hands)
-                if pieces <= coming or len(self._hands) >= self._room(urgency):
+                if pieces <= sum(not hand.works for hand in self._hands):
                     return
                 hand = _Hand(self)
                 self._hands.add(hand)
@@ -168,14 +169,18 @@ class Crew:
 
     def close(self, *, join: bool = True) -> None:
         """End the threads after what they are doing; a later call starts new ones."""
-        with self._lock:
-            threads, self._threads = self._threads, []
-            tasks, self._tasks = self._tasks, SimpleQueue()
-        tasks.put(None)
-        for thread in threads:
-            # A thread that drops the last reference to a queue closes it.
-            if join and thread is not threading.current_thread():
-                thread.join()
+        while True:
+            with self._lock:
+                threads, self._threads = self._threads, []
+                tasks, self._tasks = self._tasks, SimpleQueue()
+            tasks.put(None)
+            if not join or not threads:
+                return
+            for thread in threads:
+                # A thread that drops the last reference to a queue closes it.
+                if thread is not threading.current_thread():
+                    thread.join()
+            # What they were doing may have started others.
 
     def _hire(self, job: _Job, wanted: int) -> list[_Helper]:
         with self._lock:
