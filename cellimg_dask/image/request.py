@@ -8,13 +8,13 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from cellimg_dask.blocks.errors import BlockError, CellimgError
 from cellimg_dask.geometry import Roi, as_int, parse_index
-from cellimg_dask.loading.board import CellCounts, Job, begin, must_help
+from cellimg_dask.loading.board import CellCounts, Job, JobState, begin, must_help
 from cellimg_dask.loading.loader import CellLoader
 
 __all__ = ["Request", "request"]
@@ -60,13 +60,9 @@ class Request:
     # ------------------------------------------------------------------ how far it is
 
     @property
-    def state(self) -> Literal["pending", "running", "done", "failed", "cancelled"]:
+    def state(self) -> JobState:
         """What has become of it; "pending" until the first cell is begun."""
-        counts = self._job.progress()
-        end = self._job.end
-        if end is not None:
-            return end
-        return "running" if counts.running or counts.done else "pending"
+        return self._job.state()
 
     @property
     def progress(self) -> CellCounts:

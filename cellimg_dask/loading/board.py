@@ -31,9 +31,9 @@ from cellimg_dask.loading.priorities import priority
 from cellimg_dask.loading.running import given_up
 from cellimg_dask.state.flights import Flight, current_flight, inside
 
-__all__ = ["CellCounts", "Job", "JobEnd", "begin", "must_help"]
+__all__ = ["CellCounts", "Job", "JobState", "begin", "must_help"]
 
-JobEnd: TypeAlias = Literal["done", "failed", "cancelled"]
+JobState: TypeAlias = Literal["pending", "running", "done", "failed", "cancelled"]
 
 # Up to so many cells are looked for in the cache when a job begins, under one lock.
 _GATHER_AT_ONCE = 4096
@@ -132,7 +132,7 @@ class Job:
         self.delivering = 0
         """How many cells are being put into the result."""
         self.num_done = 0
-        self.end: JobEnd | None = None
+        self.end: JobState | None = None
         """How it ended."""
         self.counts: CellCounts | None = None
         """How far it was when it ended."""
@@ -146,6 +146,14 @@ class Job:
         """The computation that it is a part of."""
         self.given_up: Future[None] | None = None
         """Tells a `CellRunner` that nobody wants the cells any more."""
+
+    def state(self) -> JobState:
+        """Return what has become of it; pending is what nothing is there of or was begun."""
+        with self.board.lock:
+            if self.end is not None:
+                return self.end
+            begun = self.running or self.delivering or self.num_done or self.given_up is not None
+            return "running" if begun else "pending"
 
     def progress(self) -> CellCounts:
         """Return how many cells are in which state; after the end, in which they were then."""
@@ -261,7 +269,7 @@ class Board:
         job.number = next(self._numbers)
         self._jobs[job.number] = job
 
-    def end(self, job: Job, how: JobEnd, error: BaseException | None = None) -> list[_Callback]:
+    def end(self, job: Job, how: JobState, error: BaseException | None = None) -> list[_Callback]:
         """End a job; return what to call without the lock, which must be held."""
         job.counts = job._count()
         job.end = how
