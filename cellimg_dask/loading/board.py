@@ -554,8 +554,6 @@ def begin(
         return job
     context = job.context = copy_context()
     context.run(priority.set, urgency)
-    # It may be that of a request in whose callback this one is made.
-    context.run(given_up.set, None)
     job.flight = current_flight()
     if not elsewhere:
         board.post(job, missing, parts)

@@ -188,12 +188,46 @@ def test_requests_keep_no_more_threads_busy_than_there_are(make_crew, num_thread
     assert leaves.stats().loads == 400
 
 
+def test_where_all_threads_work_off_the_board_their_cells_get_no_helpers(make_crew):
+    crew = make_crew(2)
+    together = threading.Barrier(2)
+    busy: list[int] = []
+
+    def leaf(index: int) -> None:
+        if index % 10 == 0:
+            together.wait(PATIENCE_S)
+            busy.append(len(crew._busy))
+            together.wait(PATIENCE_S)
+
+    branches = ci.map_cells(np.negative, numbers(20, leaf), dtype=int, cell_shape=10)
+    branches.request().result(PATIENCE_S)
+    assert busy == [0, 0]
+
+
+def test_one_cell_gets_the_help_of_idle_threads(make_crew):
+    make_crew(3)
+    together = threading.Barrier(3)
+    branch = ci.map_cells(
+        np.negative, numbers(3, lambda _: together.wait(PATIENCE_S)), dtype=int, cell_shape=3
+    )
+    np.testing.assert_array_equal(branch.request().result(PATIENCE_S), [0, -1, -2])
+
+
 @pytest.mark.parametrize("num_threads", [2, 8])
 def test_all_threads_work_off_the_board(make_crew, num_threads):
     make_crew(num_threads)
     together = threading.Barrier(num_threads)
     request = numbers(3 * num_threads, lambda _: together.wait(PATIENCE_S)).request()
     np.testing.assert_array_equal(request.result(PATIENCE_S), range(3 * num_threads))
+
+
+def test_a_prefetch_of_very_many_cells_begins_at_once(make_crew, make_gate):
+    make_crew(2)
+    gate = make_gate()
+    request = numbers(10**12, gate.hold).prefetch()
+    gate.wait_for(2)
+    assert request.progress == (10**12 - 2, 2, 0)
+    assert request.cancel() == (10**12 - 2, 2, 0)
 
 
 def test_one_cell_calls_one_thread(make_crew):
