@@ -1150,6 +1150,23 @@ def test_a_dropped_request_leaves_nothing(one: Crew, gate: Gate, how: str) -> No
     assert job() is None
 
 
+def test_who_is_told_finds_nobody_else_who_holds_the_result(one: Crew, gate: Gate) -> None:
+    requests = [numbers(1, lambda block: gate.hold()).request()]
+    job = weakref.ref(requests[0]._job)
+    held: list[Any] = []
+
+    class Told(threading.Event):
+        def set(self) -> None:
+            requests.clear()
+            held.append(job())
+            super().set()
+
+    told = requests[0]._job.event = Told()
+    gate.open()
+    assert told.wait(PATIENCE_S)
+    assert held == [None]
+
+
 def test_a_request_goes_on_when_its_handle_is_dropped(one: Crew, gate: Gate) -> None:
     lazy = numbers(3, lambda block: gate.hold())
     lazy.request()
