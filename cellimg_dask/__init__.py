@@ -32,6 +32,7 @@ from cellimg_dask.geometry import Cell, CellGrid, Halo, Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import fill_cells, map_cells
 from cellimg_dask.image.input import Input
+from cellimg_dask.image.request import Request
 from cellimg_dask.image.source import Source
 from cellimg_dask.loading.watch import Change
 from cellimg_dask.queues.block_queue import BlockQueue
@@ -57,6 +58,7 @@ __all__ = [
     "NoWorkersError",
     "QueueClosedError",
     "ReadError",
+    "Request",
     "ResultError",
     "Roi",
     "RunReport",

@@ -32,6 +32,7 @@ PUBLIC = [
     "NoWorkersError",
     "QueueClosedError",
     "ReadError",
+    "Request",
     "ResultError",
     "Roi",
     "RunReport",

@@ -29,8 +29,8 @@ from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.loading.crew import Crew, usable_cores
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.memory import Room
+from cellimg_dask.loading.priorities import BACKGROUND, priority
 from cellimg_dask.loading.readers import ChunkedReader
-from cellimg_dask.loading.running import BACKGROUND, priority
 from cellimg_dask.loading.together import cells_together
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, memory_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar
 
@@ -17,9 +16,11 @@ from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
 from cellimg_dask.geometry import CellGrid, Roi, parse_index
 from cellimg_dask.image.describe import as_html, as_text
 from cellimg_dask.image.input import checked_fill
+from cellimg_dask.image.request import Request, request
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.memory import Room
 from cellimg_dask.loading.node import ImageNode
+from cellimg_dask.loading.priorities import BACKGROUND, INTERACTIVE
 from cellimg_dask.loading.together import cells_together
 from cellimg_dask.loading.watch import Change
 from cellimg_dask.state.cache import CacheStats, memory_bytes
@@ -227,16 +228,41 @@ class CellImg(NDArrayOperatorsMixin):
         """Return a cell, read-only, if it is in memory, else None; computes nothing."""
         return self.loader.peek(self._cell_index(index))
 
-    def prefetch(self, roi: Any = ...) -> Future[None]:
-        """Begin to compute a region into the cache, in the background.
+    def request(
+        self,
+        roi: Any = ...,
+        priority: SupportsIndex = INTERACTIVE,
+        cache: Literal["use", "bypass"] = "use",
+    ) -> Request:
+        """Begin to compute a region in the background, into an array in memory.
+
+        Parameters
+        ----------
+        roi : Roi or index expression, optional
+            The region, as in ``image[...]``; default: the whole image.
+        priority : int
+            Lower numbers go first, among equals what was asked for first. 10 is that of
+            `prefetch`; above 0 a request makes way for whoever reads.
+        cache : {"use", "bypass"}
+            Whether cells are looked up in the cache and kept there, or each is computed anew, for
+            this request only.
 
         Returns
         -------
-        concurrent.futures.Future
-            Done when the cells are there; its result is None or the error of a cell.
+        Request
+            To wait for it, cancel it, write it elsewhere, or be called when it is there.
         """
-        box, _ = parse_index(roi, self.shape)
-        return self.loader.crew().spawn(lambda: self.loader.prefetch(box))
+        return request(self.node, roi, priority, cache)
+
+    def prefetch(self, roi: Any = ...) -> Request:
+        """Begin to compute a region into the cache, in the background, behind all that is urgent.
+
+        Returns
+        -------
+        Request
+            Done when the cells are there; it keeps no result.
+        """
+        return request(self.node, roi, BACKGROUND, "use", keep=False)
 
     def invalidate(self, roi: Any = ...) -> None:
         """Forget what was computed from a region, because an input changed there.
@@ -300,8 +326,9 @@ class CellImg(NDArrayOperatorsMixin):
 
         Reading gives the cells that are in the cache, as they are now and as long as it holds
         them, and ``fill_value`` elsewhere. Callbacks of `on_dirty` are put off. Only reading
-        this image is affected (``image[...]``, `load`, `read_into`, ``numpy.asarray``); images
-        that read it, `to_dask`, `snapshot` and `run` go on to get true values.
+        this image is affected (``image[...]``, `load`, `read_into`, `request`,
+        ``numpy.asarray``); images that read it, `to_dask`, `snapshot` and `run` go on to get true
+        values.
 
         Raises
         ------

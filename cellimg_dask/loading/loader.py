@@ -20,7 +20,7 @@ from cellimg_dask.blocks.errors import CellimgError, CycleError, ReadError
 from cellimg_dask.blocks.functions import BlockFunction
 from cellimg_dask.blocks.plan import Box, CellPlan, Planner
 from cellimg_dask.blocks.worker import BlockJob
-from cellimg_dask.geometry import CellGrid, Roi, tiles
+from cellimg_dask.geometry import CellGrid, tiles
 from cellimg_dask.loading.crew import Crew, get_crew
 from cellimg_dask.loading.deep import PILLAR_DISTANCE, supported
 from cellimg_dask.loading.lasting import Lasting
@@ -34,7 +34,7 @@ from cellimg_dask.loading.readers import (
     pinned,
     read_windows,
 )
-from cellimg_dask.loading.running import BACKGROUND, Queue, priority
+from cellimg_dask.loading.running import Queue
 from cellimg_dask.state.cache import CellCache, OutdatedError, Shelf
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
 from cellimg_dask.state.history import History
@@ -310,22 +310,6 @@ class CellLoader:
             return self.shelf.get_many(wanted, self.edition)
         except OutdatedError:
             return [self.peek(index) for index in wanted]
-
-    def prefetch(self, roi: Roi) -> None:
-        """Load the cells of the region, which lies in the image, into the cache."""
-        count, parts = tiles(self.grid, roi.start, roi.stop)
-        indices = (index for index, _, _ in parts)
-        before = priority.set(BACKGROUND)
-        try:
-            if self._cells is None:
-                self.crew().run(indices, self.load, count)
-            else:
-                missing = [index for index in indices if self.peek(index) is None]
-                with closing(self._fetch(missing, keep=True)) as cells:
-                    for _ in cells:
-                        pass
-        finally:
-            priority.reset(before)
 
     def _load_elsewhere(self, index: int) -> NDArray[Any]:
         held = self.peek(index)

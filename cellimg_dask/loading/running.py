@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -12,15 +13,10 @@ from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.loading.crew import Crew
 
-__all__ = ["BACKGROUND", "INTERACTIVE", "BlockRunner", "CellRunner", "Queue", "priority"]
+__all__ = ["BlockRunner", "CellRunner", "Queue", "given_up"]
 
-INTERACTIVE = 0
-"""Priority of what somebody waits for."""
-BACKGROUND = 10
-"""Priority of what is computed in advance; lower numbers go first."""
-
-priority: ContextVar[int] = ContextVar("cellimg_priority", default=INTERACTIVE)
-"""Priority of what this thread, or a helper of its crew, asks for."""
+given_up: ContextVar[Future[None] | None] = ContextVar("cellimg_given_up", default=None)
+"""Done once nobody wants any more what this thread asks a `CellRunner` for."""
 
 
 class BlockRunner(Protocol):

@@ -33,7 +33,8 @@ from cellimg_dask.blocks.errors import (
 )
 from cellimg_dask.geometry import as_int
 from cellimg_dask.loading.loader import CellLoader
-from cellimg_dask.loading.running import INTERACTIVE, priority
+from cellimg_dask.loading.priorities import INTERACTIVE, priority
+from cellimg_dask.loading.running import given_up
 from cellimg_dask.queues.batches import (
     BatchResult,
     batch_key,
@@ -664,9 +665,13 @@ class ClusterCells:
     def _finished(self, futures: Mapping[int, Any]) -> dict[int, Any]:
         """Wait until all have ended, and return the results of those that did not fail."""
         gathering = self._gather(futures)
+        nobody_waits = given_up.get()
+        ends: list[Future[Any]] = [gathering] if nobody_waits is None else [gathering, nobody_waits]
         lonely_since: float | None = None
-        while not wait([gathering], _LOOK_EVERY_S).done:
+        while not wait(ends, _LOOK_EVERY_S, "FIRST_COMPLETED").done:
             lonely_since = self._look(lonely_since)
+        if not gathering.done():
+            raise CancelledError("nobody wants these cells any more")
         error = gathering.exception()
         if error is not None:
             self._fail(error)

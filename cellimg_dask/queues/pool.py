@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from cellimg_dask.blocks.errors import QueueClosedError
-from cellimg_dask.loading.running import priority
+from cellimg_dask.loading.priorities import priority
 
 __all__ = ["Pool"]
 

@@ -24,7 +24,7 @@ from cellimg_dask.blocks.errors import (
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init
 from cellimg_dask.loading.crew import Crew
-from cellimg_dask.loading.running import INTERACTIVE, priority
+from cellimg_dask.loading.priorities import INTERACTIVE, priority
 from cellimg_dask.queues.channel import Channel
 from cellimg_dask.queues.here import Entry, open_runners
 from cellimg_dask.queues.pool import Pool

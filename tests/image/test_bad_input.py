@@ -503,6 +503,13 @@ class Fails:
         return -a
 
 
+def prefetch(lazy: ci.CellImg) -> None:
+    request = lazy.prefetch()
+    assert request.wait(60)
+    assert request.error is not None
+    raise request.error
+
+
 @pytest.mark.parametrize("cache", ["shared", None])
 @pytest.mark.parametrize(
     "read",
@@ -512,7 +519,7 @@ class Fails:
         lambda lazy: lazy[3, 1],
         lambda lazy: lazy[...],
         np.asarray,
-        lambda lazy: lazy.prefetch().result(timeout=60),
+        prefetch,
         lambda lazy: lazy.to_dask().compute(scheduler="sync"),
         lambda lazy: lazy.compute(scheduler="threads"),
         lambda lazy: lazy.read_into(np.zeros((4, 6), int)),

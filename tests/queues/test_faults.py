@@ -208,8 +208,10 @@ def test_a_limit_of_the_process_is_want_of_room(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_crew_ends_threads_that_it_has_lost_count_of(begin: Begin) -> None:
     crew = Crew(2, spare_tiny=False)
-    crew.spawn(lambda: None).result(PATIENCE_S)
-    crew.spawn(lambda: None).result(PATIENCE_S)
+    for _ in range(2):
+        came = threading.Event()
+        assert crew._start(came.set)
+        assert came.wait(PATIENCE_S)
     # As where whoever started it was interrupted before it was noted.
     lost = crew._threads.pop(0)
     begin(crew.close).result(PATIENCE_S)
@@ -220,7 +222,14 @@ def test_a_crew_ends_threads_that_it_has_lost_count_of(begin: Begin) -> None:
 def test_a_crew_may_be_closed_by_a_thread_of_its_own() -> None:
     # The one that drops the last reference to a queue.
     crew = Crew(2)
-    crew.spawn(crew.close).result(PATIENCE_S)
+    closed = threading.Event()
+
+    def close() -> None:
+        crew.close()
+        closed.set()
+
+    assert crew._start(close)
+    assert closed.wait(PATIENCE_S)
 
 
 @LOCAL
