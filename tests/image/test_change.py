@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import logging
@@ -553,3 +554,91 @@ def test_parameters_on_other_workers():
                 image.set_params(fill_value=value)
                 np.testing.assert_array_equal(image[:], value)
             assert image.stats().loads == 4
+
+
+# ---------------------------------------------------------------------------------- requests
+
+
+def test_a_request_is_of_the_edition_of_the_time_of_asking():
+    source = ci.Source(np.zeros(8, int), cell_shape=2)
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(block: np.ndarray) -> np.ndarray:
+        begun.release()
+        assert go_on.wait(PATIENCE_S)
+        return block + 1
+
+    image = ci.map_cells(slow, source, dtype=int)
+    request = image.request()
+    assert begun.acquire(timeout=PATIENCE_S)
+    source[...] = 10
+    later = image.request()
+    go_on.set()
+    np.testing.assert_array_equal(request.result(PATIENCE_S), 1)
+    np.testing.assert_array_equal(later.result(PATIENCE_S), 11)
+
+
+def test_a_request_of_a_frozen_image_shows_what_is_in_memory():
+    image = ci.map_cells(np.negative, np.arange(8), cell_shape=2)
+    image[:4]
+    image.freeze(fill_value=7)
+    request = image.request(np.s_[2:6])
+    assert request.state == "done"
+    assert request.progress.done == 2
+    np.testing.assert_array_equal(request.result(), [-2, -3, 7, 7])
+    assert image.prefetch().result() is None
+    assert image.peek(3) is None
+    image.thaw()
+    np.testing.assert_array_equal(image.request(np.s_[2:6]).result(PATIENCE_S), [-2, -3, -4, -5])
+
+
+@pytest.mark.parametrize("way", ["result", "callback", "await"])
+def test_a_request_begins_again_if_the_store_is_written_to(tmp_path, pool, way):
+    stored = zarr.create_array(tmp_path / "a.zarr", shape=(8,), chunks=(2,), dtype="i4")
+    source = ci.Source(stored)
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(block: np.ndarray) -> np.ndarray:
+        begun.release()
+        assert go_on.wait(PATIENCE_S)
+        return block + 1
+
+    queue = ci.BlockQueue(1)
+    with queue:
+        image = ci.map_cells(slow, source, dtype="i4", queue=queue)
+        request = image.request()
+        assert begun.acquire(timeout=PATIENCE_S)
+        # The last cells are not read yet, and what they were is gone.
+        source[...] = 10
+        done = threading.Event()
+        states: list[str] = []
+
+        @request.add_done_callback
+        def told(request: ci.Request) -> None:
+            states.append(request.state)
+            done.set()
+
+        go_on.set()
+        if way == "await":
+
+            async def wait() -> Any:
+                return await request
+
+            result = asyncio.run(wait())
+        else:
+            if way == "callback":
+                assert done.wait(PATIENCE_S)
+            result = request.result(PATIENCE_S)
+        np.testing.assert_array_equal(result, 11)
+        assert done.wait(PATIENCE_S)
+        assert states == ["done"]
+        assert request.state == "done"
+
+
+def test_a_request_of_a_snapshot_whose_store_changed_fails(tmp_path):
+    stored = zarr.create_array(tmp_path / "a.zarr", shape=(8,), chunks=(2,), dtype="i4")
+    source = ci.Source(stored)
+    snapshot = ci.map_cells(np.negative, source).snapshot()
+    source[...] = 10
+    with pytest.raises(ci.SourceChangedError):
+        snapshot.request().result(PATIENCE_S)
