@@ -295,7 +295,9 @@ class TileLayer(Layer):  # type: ignore[misc]  # dask is not typed
         self, keys: set[Any], all_hlg_keys: Any
     ) -> tuple[MaterializedLayer, dict[Any, set[Any]]]:
         """Return the wanted cells; they depend on nothing."""
-        tasks = {key: self[key] for key in keys}
+        # Among the keys are those of other layers.
+        mine = [key for key in keys if isinstance(key, tuple) and key[:1] == (self._reader.token,)]
+        tasks = {key: self[key] for key in mine}
         return MaterializedLayer(tasks), {key: set() for key in tasks}
 
     def __reduce__(self) -> tuple[Any, ...]:
