@@ -47,6 +47,7 @@ PUBLIC = [
     "map_cells",
     "run",
     "set_cache",
+    "stats",
 ]
 
 
