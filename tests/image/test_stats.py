@@ -34,6 +34,10 @@ def _no_images_of_others():
     assert not [name for name in names if name.startswith("shifted")]
 
 
+HEAD = ["function", "shape", "cells", "cached", "dirty", "hits", "misses", "joins", "loads"]
+HEAD += ["seconds", "bytes", "evictions", "errors"]
+
+
 def own() -> list[ImageStats]:
     return [row for row in ci.stats() if row.function.startswith("shifted")]
 
@@ -175,10 +179,7 @@ def test_the_text():
     table = StatsTable(rows, 3 << 10, 1 << 20, 0)
     lines = repr(table).splitlines()
     assert [re.split(r"\s{2,}", line) for line in lines] == [
-        (
-            "function shape cells cached dirty hits misses joins loads "
-            "seconds bytes evictions errors"
-        ).split(),
+        HEAD,
         ["<large>", "(4, 6)", "0", "0", "0", "0", "0", "0", "12,345", "1.500", "2.0 KiB", "0", "0"],
         ["small", "(4, 6)", "0", "0", "0", "0", "0", "0", "1", "0.000", "0 bytes", "0", "0"],
         ["2 images", "0", "0", "0", "0", "0", "0", "12,346", "1.500", "2.0 KiB", "0", "0"],
