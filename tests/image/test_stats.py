@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import threading
 
 import numpy as np
 import pytest
@@ -210,31 +209,6 @@ def test_without_images():
     assert repr(table).splitlines()[1].startswith("0 images")
     assert table.total.loads == 0
     assert "0 images" in table._repr_html_()
-
-
-def test_images_come_and_go_while_they_are_counted():
-    done = threading.Event()
-    failed: list[BaseException] = []
-
-    def make():
-        try:
-            while not done.is_set():
-                for _ in range(20):
-                    image_of(np.zeros(2)).snapshot()
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=make) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(200):
-            assert all(row.cells == 1 for row in own())
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-    assert not failed
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
