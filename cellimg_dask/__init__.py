@@ -34,6 +34,7 @@ from cellimg_dask.image.define import fill_cells, map_cells
 from cellimg_dask.image.input import Input
 from cellimg_dask.image.request import Request
 from cellimg_dask.image.source import Source
+from cellimg_dask.image.stats import stats
 from cellimg_dask.loading.watch import Change
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
@@ -74,4 +75,5 @@ __all__ = [
     "map_cells",
     "run",
     "set_cache",
+    "stats",
 ]

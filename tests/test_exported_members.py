@@ -48,6 +48,7 @@ PUBLIC = [
     "map_cells",
     "run",
     "set_cache",
+    "stats",
 ]
 
 

@@ -15,6 +15,7 @@ from cellimg_dask.blocks.errors import SourceChangedError
 from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
 from cellimg_dask.geometry import CellGrid, Roi, parse_index
 from cellimg_dask.image.describe import as_html, as_text
+from cellimg_dask.image.graph import Graph, graph_of
 from cellimg_dask.image.input import checked_fill
 from cellimg_dask.image.request import Request, request
 from cellimg_dask.loading.loader import CellLoader
@@ -371,6 +372,26 @@ class CellImg(NDArrayOperatorsMixin):
     def stats(self) -> CacheStats:
         """Return this image's counters: hits, misses, joins, loads and so on."""
         return self.loader.shelf.stats()
+
+    def graph(self) -> Graph:
+        """Return what the image rests on: all images upstream, sources and arrays, with counts.
+
+        Text where it is printed, a picture in a notebook, and in a file by ``.save("x.svg")``.
+        It tells of this moment and computes nothing.
+
+        Examples
+        --------
+        >>> import cellimg_dask as ci
+        >>> negative = ci.map_cells(np.negative, np.zeros((4, 6)), cell_shape=2)
+        >>> negative[:2, :2].shape
+        (2, 2)
+        >>> negative.graph()
+        Graph of 1 image on 1 input
+        #  what         shape   dtype    cells              cached     dirty  reads
+        1  NumPy array  (4, 6)  float64                     in memory
+        2  negative     (4, 6)  float64  6 cells of (2, 2)          1      0  #1: halo 0
+        """
+        return graph_of(self.node)
 
     def _read(self, roi: Roi, out: NDArray[Any]) -> None:
         """Read a box into an array of its shape and of the image's dtype."""

@@ -7,7 +7,7 @@ from html import escape
 from cellimg_dask.geometry import Halo
 from cellimg_dask.loading.loader import CellLoader
 
-__all__ = ["as_html", "as_text", "size_text"]
+__all__ = ["as_html", "as_text", "halo_text", "size_text"]
 
 
 def size_text(nbytes: float) -> str:
@@ -19,7 +19,8 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes" if units[0] == "bytes" else f"{nbytes:.1f} {units[0]}"
 
 
-def _halo(halo: Halo) -> str:
+def halo_text(halo: Halo) -> str:
+    """Return a halo as briefly as it can be given."""
     widths = [
         str(a) if a == b else f"({a}, {b})" for a, b in zip(halo.before, halo.after, strict=True)
     ]
@@ -32,7 +33,9 @@ def _facts(loader: CellLoader) -> dict[str, str]:
     for extent in grid.shape:
         voxels *= extent
     held = len(loader.shelf.held())
-    halos = [f"{_halo(item.halo)}, {item.boundary}" for item in loader.planner.inputs if item.shape]
+    halos = [
+        f"{halo_text(item.halo)}, {item.boundary}" for item in loader.planner.inputs if item.shape
+    ]
     facts = {
         "shape": f"{grid.shape}",
         "dtype": f"{loader.dtype}",

@@ -26,9 +26,10 @@ from cellimg_dask.loading.stored import Saver, StoredCells, Version
 from cellimg_dask.loading.watch import Change, deliver
 from cellimg_dask.state.cache import CellCache, get_cache
 from cellimg_dask.state.flights import CircularWaitError, Turn
+from cellimg_dask.state.living import Living
 from cellimg_dask.state.pages import Pages
 
-__all__ = ["Edit", "Source"]
+__all__ = ["Edit", "Source", "unsaved_bytes"]
 
 _DEFAULT_VOXELS_LOG2 = 18
 
@@ -488,7 +489,12 @@ def _check_writable(array: Any) -> None:
         )
 
 
-_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+_savers: Living[Saver] = Living()
+
+
+def unsaved_bytes() -> int:
+    """Return the bytes of all cells of sources that are not in their stores yet."""
+    return sum(saver.bytes for saver in _savers.all())
 
 
 def _save_the_rest(saver: Saver) -> None:
@@ -499,7 +505,7 @@ def _save_the_rest(saver: Saver) -> None:
 
 
 def _at_exit() -> None:
-    for saver in list(_savers):
+    for saver in _savers.all():
         _save_the_rest(saver)
 
 

@@ -229,7 +229,7 @@ class CellLoader:
         while stack:
             missing = [loader for loader in stack[-1].upstream() if loader not in order]
             if missing:
-                stack.extend(missing)
+                stack.extend(reversed(missing))
             else:
                 order[stack.pop()] = None
         return list(order)
@@ -361,6 +361,18 @@ class CellLoader:
         """Have those who compute whole cells forget some, that are kept here on ``shelf``."""
         if self._cells is not None:
             self._cells.forget(shelf, cells)
+
+    def held(self) -> list[int]:
+        """Return the cells of this edition that the cache holds, in no order."""
+        held = self.shelf.held()
+        if self.shelf.edition > self.edition:
+            held = [index for index in held if not self.has_changed(index)]
+        return held if self._aside is None else [*held, *self._aside.held()]
+
+    def num_outdated(self) -> int:
+        """Return how many cells were forgotten for a change and have not been loaded since."""
+        # Of an older edition none is: nothing of it changes any more.
+        return 0 if self.shelf.edition > self.edition else self.shelf.num_outdated()
 
     def aside(self) -> Shelf:
         """Return the shelf for cells that have changed since this edition."""

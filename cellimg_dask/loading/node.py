@@ -31,8 +31,9 @@ from cellimg_dask.state.dirty import (
     region_read,
 )
 from cellimg_dask.state.history import clock
+from cellimg_dask.state.living import Living
 
-__all__ = ["ImageNode", "Node", "SourceNode", "defining"]
+__all__ = ["ImageNode", "Node", "SourceNode", "defining", "living_images"]
 
 # Held by whoever changes something or defines an image: an image is either there before a
 # change, or made from what is there after it.
@@ -41,6 +42,9 @@ _changing = threading.local()
 _numbers = count()
 
 _REMEMBERED_PLACES = 16
+
+living_images: Living[ImageNode] = Living()
+"""All images of the process."""
 
 
 class Node:
@@ -136,6 +140,7 @@ class ImageNode(Node):
         for above in self.inputs:
             if above is not None:
                 above._dependents.add(self)
+        living_images.add(self)
 
     def place(self, signature: Signature) -> Place:
         """Return where cells are kept that belong to ``signature``."""

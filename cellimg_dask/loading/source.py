@@ -129,6 +129,11 @@ class StoredReader(TiledReader):
     def _tile(self, index: int) -> NDArray[Any]:
         return self.cells.load(index, self._pages.get(index))
 
+    @property
+    def num_unsaved(self) -> int:
+        """How many cells of this edition are in memory only."""
+        return sum(version.data is not None for version in self._pages.values())
+
     def replaced(self, cells: Mapping[int, Version]) -> StoredReader:
         """Return the edition that has other versions of some cells."""
         return StoredReader(self.cells, self._pages.replaced(cells))
