@@ -65,12 +65,12 @@ class CellImg(NDArrayOperatorsMixin):
     @property
     def grid(self) -> CellGrid:
         """Grid of cells."""
-        return self.loader.grid
+        return self.node.grid
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Extent along each axis, in voxels."""
-        return self.loader.grid.shape
+        return self.node.grid.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -214,11 +214,11 @@ class CellImg(NDArrayOperatorsMixin):
         """
         number, node = self._cell_index(index), self.node
         if node.frozen is None:
-            loader: CellLoader = node.now
             try:
-                return loader.load(number)
+                cell: NDArray[Any] = node.now.load(number)
             except SourceChangedError:
                 return self._retrying(lambda loader: loader.load(number))
+            return cell
         roi = self.grid.roi(self.grid.position(number))
         cell = np.empty(roi.shape, self.dtype)
         self._read(roi, cell)
@@ -412,9 +412,10 @@ class CellImg(NDArrayOperatorsMixin):
                     raise
 
     def _cell_index(self, index: SupportsIndex | Sequence[SupportsIndex]) -> int:
-        if type(index) is int and 0 <= index < self.loader.grid.num_cells:
+        grid = self.node.grid
+        if type(index) is int and 0 <= index < grid.num_cells:
             return index
-        return self.loader.grid.cell(index).index
+        return grid.cell(index).index
 
     # ------------------------------------------------------------------ dask
 

@@ -257,7 +257,11 @@ class CellLoader:
             if self._cells is not None:
                 return self._load_elsewhere(index)
             if readers is None:
-                return self._get(index, self.compute_owned)
+                try:
+                    # What `_get` begins with, without another call: most cells are there.
+                    return self.shelf.get(index, self.compute_owned, None, self.edition)
+                except OutdatedError:
+                    return self._get(index, self.compute_owned)
             return self._get(index, lambda wanted: self.compute_owned(wanted, readers))
         except CircularWaitError:
             raise self._cycle(index) from None

@@ -133,6 +133,8 @@ class ImageNode(Node):
         self.inputs = tuple(inputs or ())
         """Per reader what it belongs to, if that can change."""
         self.depth = loader.depth
+        self.grid = loader.grid
+        """Its cells, the same in all editions."""
         self.frozen: Frozen | None = None
         """What is shown while the image is frozen."""
         self._places = OrderedDict({loader.signature: loader.place})
