@@ -32,7 +32,7 @@ def _facts(loader: CellLoader) -> dict[str, str]:
     voxels = 1
     for extent in grid.shape:
         voxels *= extent
-    held = len(loader.shelf.held())
+    held = len(loader.held())
     halos = [
         f"{halo_text(item.halo)}, {item.boundary}" for item in loader.planner.inputs if item.shape
     ]
@@ -95,7 +95,7 @@ def _picture(loader: CellLoader, edge: int = 160, most_lines: int = 24) -> str:
     if count[0] <= most_lines and count[1] <= most_lines:
         for number in range(count[0] * count[1]):
             row, column = divmod(number, count[1])
-            colour = "#f2b134" if loader.shelf.peek(middle + number) is not None else "#eef2f6"
+            colour = "#f2b134" if loader.peek(middle + number) is not None else "#eef2f6"
             x, y = column * cell_width, row * cell_height
             shapes.append(
                 f"<rect x='{x:.1f}' y='{y:.1f}' width='{min(cell_width, width - x):.1f}' "

@@ -217,6 +217,8 @@ def test_a_snapshot_counts_its_own_cells():
     now, then = image.graph().nodes[-1], before.graph().nodes[-1]
     assert (now.cached, now.dirty) == (3, 1)
     assert (then.cached, then.dirty) == (2, 0)
+    assert "3 cells," in repr(image)
+    assert "2 cells," in repr(before)
     before[:2]
     assert before.graph().nodes[-1].cached == 3
     assert image.graph().nodes[-1].cached == 3
