@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-import dask
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import cellimg_dask as ci
 from cellimg_dask.geometry import BOUNDARIES
@@ -931,11 +936,14 @@ class Race:
 
     def __init__(self, seed: int, max_bytes: int, num_edits: int, num_reads: int) -> None:
         rng = np.random.default_rng(seed)
-        self.graph = Graph(ci.CellCache(max_bytes))
-        for _ in range(2):
-            self.graph.add_source(rng)
-        while len(self.graph.images) < 6 or not self.reads_both():
-            self.graph.add_image(rng)
+        while True:
+            self.graph = Graph(ci.CellCache(max_bytes))
+            for _ in range(2):
+                self.graph.add_source(rng)
+            for _ in range(6):
+                self.graph.add_image(rng)
+            if self.reads_both():
+                break
         self.versions = [[source.array] for source in self.graph.sources]
         self.done = [0, 0]
         self.num_edits = num_edits
