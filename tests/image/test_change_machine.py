@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-import dask
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import cellimg_dask as ci
 from cellimg_dask.geometry import BOUNDARIES
@@ -886,3 +891,137 @@ def test_changes_reach_what_they_affect_and_nothing_else(machine: Any) -> None:
         ),
     )
     assert steps_done >= (2000 if machine.exact else 800)
+
+
+# ----------------------------------------------------------------------------- threads
+
+
+def begin(function: Callable[[], Any]) -> Future[Any]:
+    """Call something on a thread of its own."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=call, name="test", daemon=True).start()
+    return future
+
+
+READS_PER_EDIT = 2
+
+
+@dataclass
+class Read:
+    """What a thread has read, and the versions of the sources that it may have been made from."""
+
+    image: Derived
+    roi: ci.Roi
+    found: np.ndarray
+    since: list[int]
+    until: list[int]
+
+
+class Race:
+    """Threads that read while others edit.
+
+    An edit notes the new content of its source before it takes place, and that it has taken place
+    afterwards. So a read is right if it equals the content of the image for some version that was
+    the last to have taken place when the read began, or was noted before it ended.
+    """
+
+    def __init__(self, seed: int, max_bytes: int, num_edits: int, num_reads: int) -> None:
+        rng = np.random.default_rng(seed)
+        while True:
+            self.graph = Graph(ci.CellCache(max_bytes))
+            for _ in range(2):
+                self.graph.add_source(rng)
+            for _ in range(6):
+                self.graph.add_image(rng)
+            if self.reads_both():
+                break
+        self.versions = [[source.array] for source in self.graph.sources]
+        self.done = [0, 0]
+        self.num_edits = num_edits
+        self.num_reads = num_reads
+        self.reads_ended = threading.Semaphore(0)
+
+    def reads_both(self) -> bool:
+        def above(thing: Thing) -> set[Thing]:
+            if not isinstance(thing, Derived):
+                return {thing}
+            return set().union(*(above(link.above) for link in thing.links))
+
+        return any(len(above(image)) == 2 for image in self.graph.images)
+
+    def edit(self, number: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        source, versions = self.graph.sources[number], self.versions[number]
+        for _ in range(self.num_edits):
+            # Not much faster than the readers, or a read could be of too many versions.
+            for _ in range(READS_PER_EDIT):
+                assert self.reads_ended.acquire(timeout=PATIENCE_S)
+            with source.real.edit() as array:
+                writes, after, _ = random_edit(rng, versions[-1])
+                for key, value in writes:
+                    array[key] = value
+                versions.append(after)
+            self.done[number] = len(versions) - 1
+
+    def read(self, seed: int) -> list[Read]:
+        rng = np.random.default_rng(seed)
+        found = []
+        images = self.graph.images
+        for _ in range(self.num_reads):
+            image = images[int(rng.integers(len(images)))]
+            roi = random_region(rng, image.shape)
+            if rng.random() < 0.3:
+                roi = ci.Roi.of_shape(image.shape)
+            since = list(self.done)
+            kind = rng.random()
+            real = image.real
+            if kind < 0.1:
+                real = real.snapshot()
+            elif kind < 0.15:
+                real.invalidate(roi)
+            block = real[roi]
+            until = [len(versions) - 1 for versions in self.versions]
+            found.append(Read(image, roi, block, since, until))
+            self.reads_ended.release()
+        return found
+
+    def check(self, read: Read, known: dict[tuple[int, ...], dict[Thing, np.ndarray]]) -> None:
+        spans = [range(a, b + 1) for a, b in zip(read.since, read.until, strict=True)]
+        for version in product(*spans):
+            arrays = [all_of[n] for all_of, n in zip(self.versions, version, strict=True)]
+            value = self.graph.values(arrays, read.image, known.setdefault(version, {}))
+            if np.array_equal(value[(*read.roi.slices, ...)], read.found):
+                return
+        raise AssertionError(f"a read of {read.roi} equals none of the versions {spans}")
+
+
+@pytest.mark.parametrize("max_bytes", [64 << 20, 600])
+@pytest.mark.parametrize("seed", range(4))
+def test_each_read_is_of_one_version_while_threads_edit(seed: int, max_bytes: int) -> None:
+    race = Race(seed, max_bytes, num_edits=60, num_reads=80)
+    readers = [begin(lambda n=n: race.read(100 * seed + n)) for n in range(4)]
+    editors = [begin(lambda n=n: race.edit(n, 1000 + 100 * seed + n)) for n in range(2)]
+    for editor in editors:
+        editor.result(PATIENCE_S)
+    reads = [read for reader in readers for read in reader.result(PATIENCE_S)]
+    known: dict[tuple[int, ...], dict[Thing, np.ndarray]] = {}
+    for read in reads:
+        race.check(read, known)
+    last = [versions[-1] for versions in race.versions]
+    for source, array in zip(race.graph.sources, last, strict=True):
+        np.testing.assert_array_equal(source.real[...], array)
+    values: dict[Thing, np.ndarray] = {}
+    for image in race.graph.images:
+        np.testing.assert_array_equal(image.real[...], race.graph.values(last, image, values))
+        stats = image.real.stats()
+        assert stats.errors == 0
+        assert stats.loads == image.calls
