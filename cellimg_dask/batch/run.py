@@ -12,7 +12,6 @@ from itertools import chain
 from time import perf_counter
 from typing import Any, Literal
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from cellimg_dask.batch.folder import is_url, open_folder
 from cellimg_dask.batch.lock import RunLock
@@ -204,6 +203,9 @@ def _where(target: str | os.PathLike[str]) -> str:
     if not isinstance(where, str):
         raise TypeError(f"target must be a path or an URL, got {type(target).__name__}")
     if where.startswith("file://"):
+        # Of a package that knows HTTP and TLS, too.
+        from urllib.request import url2pathname
+
         where = url2pathname(urlsplit(where).path)
     return where if is_url(where) else os.path.abspath(where)  # noqa: PTH100 - stays a string
 

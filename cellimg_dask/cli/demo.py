@@ -20,6 +20,7 @@ import cellimg_dask as ci
 from cellimg_dask.cli.files import SAMPLES, Stored, open_file, reason
 from cellimg_dask.cli.pipeline import LUMINANCE, Pipeline, luminance
 from cellimg_dask.cli.require import require
+from cellimg_dask.cli.sizes import format_bytes
 
 __all__ = ["demo"]
 
@@ -462,8 +463,6 @@ def _say_times(
 
 
 def _say_statistics(images: Sequence[ci.CellImg], cache: ci.CellCache) -> None:
-    from dask.utils import format_bytes
-
     _say(
         "Cache",
         f"{format_bytes(cache.bytes)} held, at most {format_bytes(cache.max_bytes)} allowed",

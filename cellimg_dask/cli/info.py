@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cellimg_dask.cli.files import SAMPLES, Stored, open_file
+from cellimg_dask.cli.sizes import format_bytes
 
 __all__ = ["info"]
 
@@ -38,8 +39,6 @@ def _count(number: int, what: str) -> str:
 
 
 def _facts(stored: Stored) -> dict[str, str]:
-    from dask.utils import format_bytes
-
     voxels = 1
     for extent in stored.shape:
         voxels *= extent
@@ -73,8 +72,6 @@ class _Outline:
 
 def _cells(stored: Stored) -> dict[str, str]:
     """Say which grid `map_cells` chooses, and what one block takes."""
-    from dask.utils import format_bytes
-
     import cellimg_dask as ci
 
     try:

@@ -17,6 +17,7 @@ import click
 
 from cellimg_dask.cli.files import open_file
 from cellimg_dask.cli.require import require
+from cellimg_dask.cli.sizes import format_bytes
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -343,8 +344,6 @@ def _slurm(spec: SlurmSpec, *, start: bool) -> Iterator[Any]:
 
 
 def _projected(spec: RunSpec, image: ci.CellImg) -> dict[str, str]:
-    from dask.utils import format_bytes
-
     from cellimg_dask.loading.together import cells_together
 
     grid, loader = image.grid, image.loader
@@ -379,8 +378,6 @@ def _projected(spec: RunSpec, image: ci.CellImg) -> dict[str, str]:
 
 def _rooms(spec: RunSpec) -> list[Room]:
     """Return where blocks would run, as far as it is known without looking at a cluster."""
-    from dask.utils import parse_bytes
-
     from cellimg_dask.batch.run import threads_for
     from cellimg_dask.loading.crew import usable_cores
     from cellimg_dask.loading.memory import Room
@@ -388,6 +385,8 @@ def _rooms(spec: RunSpec) -> list[Room]:
 
     queue, slurm = spec.queue, spec.queue.slurm
     if slurm is not None:
+        from dask.utils import parse_bytes
+
         own = parse_bytes(slurm.memory) // slurm.processes
         limit = own if spec.max_memory is None else min(own, spec.max_memory)
         threads = max(1, slurm.cores // slurm.processes)

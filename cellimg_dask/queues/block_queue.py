@@ -11,20 +11,15 @@ from cellimg_dask.geometry import as_int
 from cellimg_dask.loading.crew import usable_cores
 from cellimg_dask.loading.running import BlockRunner, CellRunner
 from cellimg_dask.queues.here import Arrived
-from cellimg_dask.queues.processes import ProcessBlocks
 from cellimg_dask.queues.threads import ThreadBlocks
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from cellimg_dask.queues.cluster import ClusterCells
+    from cellimg_dask.queues.processes import ProcessBlocks
 
 __all__ = ["BlockQueue"]
-
-_LOCAL: dict[str, Callable[[int, Init], ThreadBlocks | ProcessBlocks]] = {
-    "threads": ThreadBlocks,
-    "processes": ProcessBlocks,
-}
 
 
 class BlockQueue:
@@ -112,7 +107,7 @@ class BlockQueue:
         if num_workers is not None:
             num_workers = as_int(num_workers, "num_workers", minimum=1)
         if isinstance(backend, str) and "://" not in backend:
-            if backend not in _LOCAL:
+            if backend not in ("threads", "processes"):
                 raise ValueError(
                     f'backend {backend!r}: allowed are "threads", "processes", a '
                     f'distributed.Client, a cluster, or an address such as "tcp://127.0.0.1:8786"'
@@ -124,7 +119,12 @@ class BlockQueue:
                     )
             self.backend = backend
             count = usable_cores() if num_workers is None else num_workers
-            self._local = _LOCAL[backend](count, init)
+            if backend == "threads":
+                self._local = ThreadBlocks(count, init)
+            else:
+                from cellimg_dask.queues.processes import ProcessBlocks
+
+                self._local = ProcessBlocks(count, init)
         else:
             from cellimg_dask.queues.cluster import ClusterCells
 
