@@ -258,8 +258,8 @@ class PinnedReader(ChunkedReader):
         if written > self._when:
             raise SourceChangedError(
                 f"{path} was written after the snapshot was taken, and the store holds what is "
-                f"there now only; call image.invalidate(roi) for what has changed, and make a "
-                f"new snapshot"
+                f"there now only (or the clock of that file system is ahead of this machine's); "
+                f"call image.invalidate(roi) for what has changed, and make a new snapshot"
             )
         return chunk
 
