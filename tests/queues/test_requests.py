@@ -91,16 +91,19 @@ def test_the_error_is_what_the_function_raised(make_queue: Make) -> None:
 
 
 @pytest.mark.parametrize("backend", ["processes", "distributed"], indirect=True)
-def test_a_worker_that_dies_is_told_as_such(make_queue: Make) -> None:
+def test_a_worker_that_dies_is_told_as_such(make_queue: Make, until: Any) -> None:
     def die(block: ci.Block) -> None:
         import os
 
         os._exit(3)
 
-    request = numbers(make_queue(), 1, die).request()
+    queue = make_queue()
+    request = numbers(queue, 1, die).request()
     with pytest.raises(ci.WorkerDiedError):
         request.result(PATIENCE_S)
     assert type(request.error) is ci.WorkerDiedError
+    np.testing.assert_array_equal(numbers(queue).request().result(PATIENCE_S), range(4))
+    until(lambda: queue.num_workers == 2)
 
 
 def test_a_closed_queue_is_an_error(make_queue: Make) -> None:
