@@ -197,19 +197,10 @@ def _map_overlap(job: Job) -> Any:
 
 @contextmanager
 def _on_cluster() -> Iterator[Callable[[Job], Any]]:
-    from distributed import Client
-    from distributed.deploy.subprocess import SubprocessCluster
+    from benchmarks.clusters import processes_as_cluster
 
-    processes = SubprocessCluster(
-        n_workers=CORES,
-        threads_per_worker=1,
-        dashboard_address=None,
-        worker_class="distributed.Worker",
-    )
-    with processes as cluster, Client(cluster) as client:
-        client.wait_for_workers(CORES)
-        with ci.BlockQueue(CORES, backend=client) as queue:
-            yield lambda job: _cells(job, queue=queue)
+    with processes_as_cluster() as client, ci.BlockQueue(CORES, backend=client) as queue:
+        yield lambda job: _cells(job, queue=queue)
 
 
 def _here(compute: Callable[..., Any], **options: Any) -> Callable[[], Any]:

@@ -27,7 +27,7 @@ def on_cluster(forms: Sequence[str], count: int) -> dict[str, Any]:
     the cells in its own cache), and "map" (`Client.map`). The scheduler is a process of its own,
     so that memory and time of this process are the client's.
     """
-    with _cluster() as client:
+    with processes_as_cluster() as client:
         return {form: _in_form(client, form, count) for form in forms}
 
 
@@ -54,7 +54,8 @@ def _in_form(client: Any, form: str, count: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _cluster() -> Iterator[Any]:
+def processes_as_cluster() -> Iterator[Any]:
+    """Give the client of a cluster: a process with a thread for each core, and the scheduler's."""
     from distributed import Client
     from distributed.deploy.subprocess import SubprocessCluster
 

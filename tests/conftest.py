@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -18,6 +19,10 @@ from hypothesis import HealthCheck, settings
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
+from cellimg_dask.state.flights import Flight
+
+PATIENCE_S = 60
+"""What takes longer hangs."""
 
 settings.register_profile(
     "default",
@@ -42,6 +47,54 @@ def shared_data() -> Path:
 def rng() -> np.random.Generator:
     """A random generator that gives the same numbers in each run."""
     return np.random.default_rng(20261121)
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], object]], None]:
+    """Wait for what nothing announces."""
+
+    def until(condition: Callable[[], object]) -> None:
+        tick = threading.Event()
+        for _ in range(PATIENCE_S * 200):
+            if condition():
+                return
+            tick.wait(0.005)
+        raise AssertionError("it did not come about")
+
+    return until
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads, as many as a test may need."""
+    with ThreadPoolExecutor(64) as executor:
+        yield executor
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Wait until so many more threads are about to wait for another's load."""
+    semaphore = threading.Semaphore(0)
+    join = Flight.join
+
+    def counted(flight: Flight, done: threading.Event) -> None:
+        semaphore.release()
+        join(flight, done)
+
+    def wait_for(times: int) -> None:
+        for _ in range(times):
+            assert semaphore.acquire(timeout=PATIENCE_S)
+
+    monkeypatch.setattr(Flight, "join", counted)
+    return wait_for
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Any) -> Iterator[Any]:
+    """A client of the cluster of a module or a folder, which is nobody's default."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.Client(cluster, set_as_default=False) as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import dask
 import dask.array as da
@@ -17,16 +15,9 @@ import pytest
 import scipy.ndimage as ndi
 
 import cellimg_dask as ci
-from cellimg_dask.state.flights import Flight
 
 PATIENCE_S = 30
 KNOWN = dask.__version__.startswith("2026.8.") and not da.array_expr_enabled()
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
 
 
 def same(block: np.ndarray) -> np.ndarray:
@@ -237,9 +228,7 @@ def test_fusion_renames_keys_so_a_slice_after_a_compute_is_computed_again():
     assert len(calls) == 4, "the cache sits inside the cell, where no name matters"
 
 
-def test_4_concurrent_computes_of_one_block_are_4_loads_with_the_threaded_scheduler(
-    pool, monkeypatch
-):
+def test_4_concurrent_computes_of_one_block_are_4_loads_with_the_threaded_scheduler(pool, waiting):
     image = np.arange(16)
     if KNOWN:
         together = threading.Barrier(4)  # Broken unless four threads compute the same block.
@@ -257,14 +246,6 @@ def test_4_concurrent_computes_of_one_block_are_4_loads_with_the_threaded_schedu
         for future in futures:
             np.testing.assert_array_equal(future.result(PATIENCE_S), -image[4:8])
 
-    waiting = threading.Semaphore(0)
-    join = Flight.join
-
-    def counted(flight: Flight, done: threading.Event) -> None:
-        waiting.release()
-        join(flight, done)
-
-    monkeypatch.setattr(Flight, "join", counted)
     go_on = threading.Event()
     calls: list[int] = []
 
@@ -275,8 +256,7 @@ def test_4_concurrent_computes_of_one_block_are_4_loads_with_the_threaded_schedu
 
     lazy = ci.map_cells(slow, image, dtype=int, cell_shape=4).to_dask()[4:8]
     futures = [pool.submit(lazy.compute, scheduler="threads", num_workers=4) for _ in range(4)]
-    for _ in range(3):
-        assert waiting.acquire(timeout=PATIENCE_S)
+    waiting(3)
     go_on.set()
     for future in futures:
         np.testing.assert_array_equal(future.result(PATIENCE_S), -image[4:8])

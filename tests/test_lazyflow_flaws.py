@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,6 @@ import scipy.ndimage as ndi
 import cellimg_dask as ci
 
 PATIENCE_S = 20
-
-
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
 
 
 def plus(a: np.ndarray, b: np.ndarray, factor: int = 1) -> np.ndarray:

@@ -11,42 +11,14 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import dask.array as da
 import numpy as np
 import pytest
 
 import cellimg_dask as ci
-from cellimg_dask.state.flights import Flight
 
 PATIENCE_S = 30
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
-
-
-@pytest.fixture
-def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """A semaphore that is released each time a thread is about to wait for another's load."""
-    semaphore = threading.Semaphore(0)
-    join = Flight.join
-
-    def counted(flight: Flight, done: threading.Event) -> None:
-        semaphore.release()
-        join(flight, done)
-
-    monkeypatch.setattr(Flight, "join", counted)
-    return semaphore
-
-
-def wait_for(semaphore: threading.Semaphore, times: int) -> None:
-    for _ in range(times):
-        assert semaphore.acquire(timeout=PATIENCE_S)
 
 
 # ------------------------------------------------------------------------------------- grid
@@ -404,7 +376,7 @@ def test_of_those_who_wait_for_a_failed_load_each_retries_one_after_the_other(po
 
     img = ci.map_cells(f, np.arange(4), dtype=int, cell_shape=4)
     futures = [pool.submit(img.load, 0) for _ in range(4)]
-    wait_for(waiting, 3)
+    waiting(3)
     go_on.set()
     errors = [future.exception(PATIENCE_S) for future in futures]
     assert len(calls) == 1

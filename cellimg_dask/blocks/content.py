@@ -45,6 +45,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.blocks import compiled
 from cellimg_dask.blocks.errors import CellimgError
 from cellimg_dask.blocks.functions import BlockCode
 
@@ -225,7 +226,7 @@ class _Contents:
                     enclosed[variable] = self.of(cell.cell_contents, f"{variable} of {name}")
                 except ValueError:
                     enclosed[variable] = ["not yet set"]
-            used = [variable for variable in sorted(_globals(code)) if variable in known]
+            used = sorted(compiled.globals_read(code) & known.keys())
             attributes = {key: v for key, v in vars(function).items() if key != "__wrapped__"}
             return [
                 "function",
@@ -241,7 +242,7 @@ class _Contents:
     @contextmanager
     def _calling(self, codes: Sequence[CodeType]) -> Iterator[None]:
         before = self._names
-        self._names = frozenset().union(*map(_names, codes))
+        self._names = frozenset().union(*map(compiled.names, codes))
         try:
             yield
         finally:
@@ -417,32 +418,9 @@ def _wrapped(member: Any) -> Any:
     return member
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Return the code of a function and of all that are defined in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _names(code: CodeType) -> set[str]:
-    """Return what code calls anything: variables, attributes, modules, also by ``from``."""
-    return {name for part in _codes(code) for name in part.co_names}
-
-
-def _globals(code: CodeType) -> set[str]:
-    """Return the global names that code reads."""
-    return {
-        step.argval
-        for part in _codes(code)
-        for step in dis.get_instructions(part)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
-    }
-
-
 def _imported(code: CodeType, package: str | None) -> Iterator[str]:
     """Return the full names of the modules that code imports, and of what might be one."""
-    for part in _codes(code):
+    for part in compiled.codes(code):
         steps = list(dis.get_instructions(part))
         for number, step in enumerate(steps):
             if step.opname == "IMPORT_NAME":

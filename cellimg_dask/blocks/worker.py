@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.blocks import compiled
 from cellimg_dask.blocks.errors import InitError, describe
 from cellimg_dask.blocks.functions import BlockFunction, current_worker, working_as
 from cellimg_dask.blocks.plan import CellPlan, Planner
@@ -91,7 +91,7 @@ class Worker:
         if isinstance(init, FunctionType):
             self.namespace = {
                 name: init.__globals__[name]
-                for name in _stored_globals(init.__code__)
+                for name in compiled.globals_stored(init.__code__)
                 if name in init.__globals__
             }
         if isinstance(result, Mapping):
@@ -154,7 +154,7 @@ def _bind(user: Any, names: Mapping[str, Any]) -> Any:
         if inner is user.func:
             return user
         return functools.partial(inner, *user.args, **user.keywords)
-    if not isinstance(user, FunctionType) or not _names(user.__code__) & names.keys():
+    if not isinstance(user, FunctionType) or not compiled.names(user.__code__) & names.keys():
         return user
     copy = FunctionType(
         user.__code__,
@@ -165,25 +165,3 @@ def _bind(user: Any, names: Mapping[str, Any]) -> Any:
     )
     copy.__kwdefaults__ = user.__kwdefaults__
     return functools.update_wrapper(copy, user)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Return the code of a function and of all that are defined in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _names(code: CodeType) -> set[str]:
-    return {name for part in _codes(code) for name in part.co_names}
-
-
-def _stored_globals(code: CodeType) -> set[str]:
-    """Return the names that a function assigns as ``global``."""
-    return {
-        step.argval
-        for part in _codes(code)
-        for step in dis.get_instructions(part)
-        if step.opname == "STORE_GLOBAL"
-    }

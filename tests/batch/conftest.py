@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,6 @@ import zarr
 
 import cellimg_dask as ci
 from cellimg_dask.batch.manifest import Manifest
-
-PATIENCE_S = 20
-"""What takes longer hangs."""
 
 
 class Calls:
@@ -110,21 +107,6 @@ def marked() -> Callable[[str], set[int]]:
     return lambda target: set(Manifest(target).marked())
 
 
-@pytest.fixture
-def until() -> Callable[[Callable[[], object]], None]:
-    """Wait for what nothing announces."""
-
-    def until(condition: Callable[[], object]) -> None:
-        tick = threading.Event()
-        for _ in range(PATIENCE_S * 200):
-            if condition():
-                return
-            tick.wait(0.005)
-        raise AssertionError("it did not come about")
-
-    return until
-
-
 class Disk:
     """A small disk of its own."""
 
@@ -164,9 +146,7 @@ def cluster() -> Iterator[Any]:
     """A cluster of two processes, which gives up on a task after one death."""
     dask = pytest.importorskip("dask")
     distributed = pytest.importorskip("distributed")
-    settings = {
-        "distributed.scheduler.allowed-failures": 0,
-    }
+    settings = {"distributed.scheduler.allowed-failures": 0}
     with (
         dask.config.set(settings),
         distributed.LocalCluster(
@@ -176,9 +156,23 @@ def cluster() -> Iterator[Any]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def client(cluster: Any) -> Iterator[Any]:
-    """A client of the cluster, which is nobody's default."""
+@pytest.fixture
+def in_this_process() -> Callable[[int], AbstractContextManager[Any]]:
+    """Start a cluster of so many threads of this process; give it, a client and a queue."""
     distributed = pytest.importorskip("distributed")
-    with distributed.Client(cluster, set_as_default=False) as client:
-        yield client
+
+    @contextmanager
+    def start(num_workers: int) -> Iterator[Any]:
+        with (
+            distributed.LocalCluster(
+                n_workers=num_workers,
+                threads_per_worker=1,
+                processes=False,
+                dashboard_address=":0",
+            ) as cluster,
+            distributed.Client(cluster, set_as_default=False) as client,
+            ci.BlockQueue(num_workers, backend=client) as queue,
+        ):
+            yield cluster, client, queue
+
+    return start

@@ -160,16 +160,8 @@ def test_sys_exit_in_a_block_ends_no_worker(client, queue, twice, image, target,
     assert np.array_equal(stored(target), 2 * image)
 
 
-def test_workers_that_retire(slow, image, target, calls, when, go, stored):
-    import distributed
-
-    with (
-        distributed.LocalCluster(
-            n_workers=3, threads_per_worker=1, processes=False, dashboard_address=":0"
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-        ci.BlockQueue(3, backend=client) as queue,
-    ):
+def test_workers_that_retire(in_this_process, slow, image, target, calls, when, go, stored):
+    with in_this_process(3) as (_, client, queue):
 
         def retire():
             client.retire_workers([min(client.nthreads())])

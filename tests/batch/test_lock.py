@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -35,6 +34,21 @@ def folder(request, tmp_path):
     if request.param == "local":
         return open_folder(str(tmp_path / "beside"))
     return open_folder(f"memory://lock-test/{tmp_path.name}/beside")
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has the lock of a folder, and the token of its permit."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        token = process.stdout.readline().strip()
+        assert token
+        yield process, token
+        process.kill()
 
 
 def test_a_second_one_is_refused_until_the_first_ends(folder):
@@ -86,23 +100,17 @@ def test_of_many_threads_one_has_it(folder):
         assert held.count("held") <= 1
 
 
-def test_a_killed_process_holds_nothing(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout.readline()
-        with (
-            pytest.raises(TargetInUseError, match=f"process {process.pid} on "),
-            RunLock(open_folder(str(tmp_path)), "out.zarr"),
-        ):
-            pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        with RunLock(open_folder(str(tmp_path)), "out.zarr"):
-            pass
+def test_a_killed_process_holds_nothing(holder, tmp_path):
+    process, _ = holder
+    with (
+        pytest.raises(TargetInUseError, match=f"process {process.pid} on "),
+        RunLock(open_folder(str(tmp_path)), "out.zarr"),
+    ):
+        pass
+    process.kill()
+    process.wait()
+    with RunLock(open_folder(str(tmp_path)), "out.zarr"):
+        pass
 
 
 def test_what_is_in_the_file_does_not_matter(tmp_path):
@@ -179,15 +187,11 @@ def test_who_writes_has_the_permit_of_the_run_that_lasts(folder):
             pass
 
 
-def test_a_killed_run_leaves_its_workers_their_permit_until_the_next(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        permit = Permit(open_folder(str(tmp_path)), "out.zarr", process.stdout.readline().strip())
-        process.send_signal(signal.SIGKILL)
+def test_a_killed_run_leaves_its_workers_their_permit_until_the_next(holder, tmp_path):
+    process, token = holder
+    permit = Permit(open_folder(str(tmp_path)), "out.zarr", token)
+    process.kill()
+    process.wait()
     with permit.writing():
         pass
     with RunLock(open_folder(str(tmp_path)), "out.zarr"), pytest.raises(TargetInUseError):

@@ -195,16 +195,10 @@ def test_a_disk_that_fails_ends_the_run(queue, image, target, twice, go, stored)
     assert np.array_equal(stored(target), 2 * image)
 
 
-def test_without_workers_a_run_ends_in_bounded_time(image, target, twice, calls, go, stored, until):
-    import distributed
-
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-        ci.BlockQueue(1, backend=client) as queue,
-    ):
+def test_without_workers_a_run_ends_in_bounded_time(
+    in_this_process, image, target, twice, calls, go, stored, until
+):
+    with in_this_process(1) as (cluster, _, queue):
         cluster.scale(0)
         until(lambda: queue.num_workers == 0)
         with pytest.raises(ci.NoWorkersError, match=r"no cell was done for 2 s, with 0 workers"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -30,6 +32,31 @@ def run(tmp_path, monkeypatch):
         return result
 
     return invoke
+
+
+@pytest.fixture
+def imported():
+    """Return the modules that a Python imports which runs `cellimg` with some arguments."""
+    code = (
+        "import sys\n"
+        "from cellimg_dask.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "print('imported', *sys.modules)\n"
+    )
+
+    def imported(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, done.stderr
+        heading, *modules = done.stdout.splitlines()[-1].split()
+        assert heading == "imported"
+        return set(modules)
+
+    return imported
 
 
 @pytest.fixture

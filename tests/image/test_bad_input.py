@@ -15,7 +15,6 @@ import pytest
 from numpy.typing import NDArray
 
 import cellimg_dask as ci
-from cellimg_dask.state.flights import Flight
 
 IMAGE = np.arange(24).reshape(4, 6)
 
@@ -562,23 +561,15 @@ def test_cells_that_were_computed_before_the_error_stay() -> None:
     assert function.calls - calls <= 4
 
 
-def test_every_thread_that_waits_gets_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, waiting = threading.Event(), threading.Semaphore(0)
+def test_every_thread_that_waits_gets_an_error_of_its_own(waiting: Callable[[int], None]) -> None:
+    inside = threading.Event()
     trouble = TroubleError("for all")
 
     def fail(a: NDArray[Any]) -> NDArray[Any]:
         inside.set()
-        for _ in range(4):
-            assert waiting.acquire(timeout=60)
+        waiting(4)
         raise trouble
 
-    join = Flight.join
-
-    def announced(self: Flight, done: threading.Event) -> None:
-        waiting.release()
-        join(self, done)
-
-    monkeypatch.setattr(Flight, "join", announced)
     lazy = ci.map_cells(fail, IMAGE, dtype=int, cell_shape=6)
 
     def read_when_it_is_under_way() -> Any:
@@ -595,9 +586,9 @@ def test_every_thread_that_waits_gets_an_error_of_its_own(monkeypatch: pytest.Mo
 
 
 def test_every_thread_that_waits_for_an_input_gets_its_error(
-    monkeypatch: pytest.MonkeyPatch,
+    waiting: Callable[[int], None],
 ) -> None:
-    inside, waiting = threading.Event(), threading.Semaphore(0)
+    inside = threading.Event()
 
     class Gone:
         shape = (4,)
@@ -605,16 +596,9 @@ def test_every_thread_that_waits_for_an_input_gets_its_error(
 
         def __getitem__(self, key: Any) -> Any:
             inside.set()
-            assert waiting.acquire(timeout=60)
+            waiting(1)
             raise OSError(5, "the disk is gone")
 
-    join = Flight.join
-
-    def announced(self: Flight, done: threading.Event) -> None:
-        waiting.release()
-        join(self, done)
-
-    monkeypatch.setattr(Flight, "join", announced)
     lazy = ci.map_cells(np.negative, Gone())
 
     def read_when_it_is_under_way() -> Any:

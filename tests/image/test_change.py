@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dask
@@ -24,12 +23,6 @@ import zarr
 import cellimg_dask as ci
 
 PATIENCE_S = 20
-
-
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
 
 
 class Counting:

@@ -748,17 +748,19 @@ def test_each_input_has_its_own_halo_boundary_and_fill(data: NDArray[Any]) -> No
             + ndimage.maximum_filter(d, 3)[1:-1, 3:-3]
         )
 
-    lazy = ci.map_cells(
-        combine,
-        ci.Input(image, halo=0),
-        ci.Input(other, halo=2, boundary="constant", fill_value=-9),
-        ci.Input(other, halo=[(1, 0), (0, 0)], boundary="edge"),
-        image,
-        halo=(1, 3),
-        boundary="wrap",
-        dtype="i4",
-        cell_shape=(11, 13),
-    )
+    def combined(cell_shape: tuple[int, int]) -> ci.CellImg:
+        return ci.map_cells(
+            combine,
+            ci.Input(image, halo=0),
+            ci.Input(other, halo=2, boundary="constant", fill_value=-9),
+            ci.Input(other, halo=[(1, 0), (0, 0)], boundary="edge"),
+            image,
+            halo=(1, 3),
+            boundary="wrap",
+            dtype="i4",
+            cell_shape=cell_shape,
+        )
+
     around = np.pad(other, 2, constant_values=-9)
     above = np.pad(other, [(1, 0), (0, 0)], mode="edge")
     expected = (
@@ -767,20 +769,9 @@ def test_each_input_has_its_own_halo_boundary_and_fill(data: NDArray[Any]) -> No
         + above[1:] * above[:-1]
         + ndimage.maximum_filter(np.pad(image, [(1, 1), (3, 3)], mode="wrap"), 3)[1:-1, 3:-3]
     )
-    np.testing.assert_array_equal(lazy[...], expected)
+    np.testing.assert_array_equal(combined((11, 13))[...], expected)
     assert shapes == {((11, 13), (15, 17), (12, 13), (13, 19))}
-    small = ci.map_cells(
-        combine,
-        ci.Input(image, halo=0),
-        ci.Input(other, halo=2, boundary="constant", fill_value=-9),
-        ci.Input(other, halo=[(1, 0), (0, 0)], boundary="edge"),
-        image,
-        halo=(1, 3),
-        boundary="wrap",
-        dtype="i4",
-        cell_shape=(4, 5),
-    )
-    np.testing.assert_array_equal(small[...], expected)
+    np.testing.assert_array_equal(combined((4, 5))[...], expected)
 
 
 def test_an_index_map_relates_a_reference_to_a_series(data: NDArray[Any]) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ import cellimg_dask as ci
 from cellimg_dask.state.pages import Pages
 
 PATIENCE_S = 20
-
-
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
 
 
 def shapes() -> st.SearchStrategy[tuple[int, ...]]:

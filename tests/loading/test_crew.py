@@ -21,20 +21,6 @@ PATIENCE_S = 30
 SIZES = [1, 2, 8]
 
 
-@pytest.fixture
-def make_crew() -> Iterator[Callable[[int], Crew]]:
-    crews: list[Crew] = []
-
-    def make(num_threads: int) -> Crew:
-        crews.append(Crew(num_threads))
-        return crews[-1]
-
-    yield make
-    for crew in crews:
-        assert not crew._busy, "somebody is still counted as busy"
-        crew.close()
-
-
 def slow_enough(barrier: threading.Barrier) -> None:
     barrier.wait(PATIENCE_S)
 

@@ -8,7 +8,7 @@ import threading
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -20,29 +20,9 @@ from hypothesis import strategies as st
 
 import cellimg_dask as ci
 from cellimg_dask.loading import node as node_module
-from cellimg_dask.loading.crew import Crew
 from cellimg_dask.loading.loader import CellLoader
 
 PATIENCE_S = 30
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
-
-
-@pytest.fixture
-def make_crew() -> Iterator[Callable[[int], Crew]]:
-    crews: list[Crew] = []
-
-    def make(num_threads: int) -> Crew:
-        crews.append(Crew(num_threads))
-        return crews[-1]
-
-    yield make
-    for crew in crews:
-        crew.close()
 
 
 class Gate:
@@ -99,6 +79,23 @@ def chain_expected(image: np.ndarray, depth: int) -> np.ndarray:
     for _ in range(depth):
         image = (image + np.roll(image, 1) + np.roll(image, -1)) % 1009
     return image
+
+
+def maxima(image: ci.CellImg, depth: int, boundary: str, **params: Any) -> list[ci.CellImg]:
+    """Return images of the largest of each three voxels of the one before."""
+    stages = [image]
+    for _ in range(depth):
+        stages.append(
+            ci.map_cells(
+                ndi.maximum_filter1d,
+                stages[-1],
+                dtype=int,
+                halo=1,
+                boundary=boundary,
+                params={"size": 3, **params},
+            )
+        )
+    return stages[1:]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 8])
@@ -191,17 +188,7 @@ def test_a_long_chain_computes_only_the_cells_that_a_read_needs():
     for boundary in ("none", "wrap", "reflect"):
         image = np.arange(1000)
         stages = [ci.map_cells(copied, image, dtype=int, cell_shape=5)]
-        for _ in range(70):
-            stages.append(
-                ci.map_cells(
-                    ndi.maximum_filter1d,
-                    stages[-1],
-                    dtype=int,
-                    halo=1,
-                    boundary=boundary,
-                    params={"size": 3},
-                )
-            )
+        stages += maxima(stages[0], 70, boundary)
         stages[-1].load(0)
         loads = [stage.stats().loads for stage in stages]
         sides = 2 if boundary == "wrap" else 1
@@ -244,17 +231,7 @@ def test_an_error_in_a_cell_that_is_not_needed_does_not_reach_a_long_chain():
         return block.copy()
 
     stages = [ci.map_cells(broken, np.arange(1000), dtype=int, cell_shape=5)]
-    for _ in range(70):
-        stages.append(
-            ci.map_cells(
-                ndi.maximum_filter1d,
-                stages[-1],
-                dtype=int,
-                halo=1,
-                boundary="wrap",
-                params={"size": 3, "mode": "wrap"},
-            )
-        )
+    stages += maxima(stages[0], 70, "wrap", mode="wrap")
     np.testing.assert_array_equal(stages[-1][75:100], np.arange(145, 170))
     np.testing.assert_array_equal(stages[-1][0:5], [999] * 5)
 

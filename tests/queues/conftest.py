@@ -38,14 +38,6 @@ def cluster() -> Iterator[Any]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def client(cluster: Any) -> Iterator[Any]:
-    """A client of the cluster, which is nobody's default."""
-    distributed = pytest.importorskip("distributed")
-    with distributed.Client(cluster, set_as_default=False) as client:
-        yield client
-
-
 @pytest.fixture(scope="module", params=["threads", "processes", "distributed"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Name of a backend; of the module's scope, so that a cluster is there before a test."""
@@ -101,21 +93,6 @@ def in_time(begin: Callable[..., Future[Any]]) -> Callable[..., Any]:
     return in_time
 
 
-@pytest.fixture
-def until() -> Callable[[Callable[[], object]], None]:
-    """Wait for what nothing announces."""
-
-    def until(condition: Callable[[], object]) -> None:
-        tick = threading.Event()
-        for _ in range(PATIENCE_S * 200):
-            if condition():
-                return
-            tick.wait(0.005)
-        raise AssertionError("it did not come about")
-
-    return until
-
-
 class Log:
     """A file to which any process appends lines: words, process id, thread id."""
 
@@ -131,8 +108,14 @@ class Log:
             os.write(descriptor, line.encode())
             os.close(descriptor)
 
+        def fill(block: ci.Block) -> None:
+            add(block.index)
+            block.data[...] = block.index
+
         self.add = add
         """Append a line; can be sent to any process."""
+        self.fill = fill
+        """Append the number of a cell, and fill the cell with it; can be sent to any process."""
         self.code = (
             "import os, threading\n"
             "def add(*words):\n"
@@ -203,8 +186,14 @@ class Gate:
             os.read(descriptor, 1)
             os.close(descriptor)
 
+        def fill(block: ci.Block) -> None:
+            hold()
+            block.data[...] = block.index
+
         self.hold = hold
         """Arrive and wait; can be sent to any process."""
+        self.fill = fill
+        """Arrive and wait, and fill a cell with its number; can be sent to any process."""
 
     def wait_for(self, count: int) -> None:
         """Wait until so many more have arrived."""

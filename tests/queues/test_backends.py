@@ -102,18 +102,22 @@ def pending(backend: str, request: pytest.FixtureRequest) -> Callable[[ci.BlockQ
 # ---------------------------------------------------------------------------- same results
 
 
+def medians(array: Any, cell_shape: Any, queue: Any) -> ci.CellImg:
+    return ci.map_cells(
+        lambda a: ndi.median_filter(a, 3),
+        array,
+        halo=1,
+        dtype="f4",
+        cell_shape=cell_shape,
+        queue=queue,
+    )
+
+
 @case
 def a_halo_over_ragged_cells(queue: Any, rng: Any, folder: Path) -> Any:
     volume = rng.random((13, 17, 11), dtype="f4")
     return (
-        lambda: ci.map_cells(
-            lambda a: ndi.median_filter(a, 3),
-            volume,
-            halo=1,
-            dtype="f4",
-            cell_shape=(5, 17, 4),
-            queue=queue,
-        ),
+        lambda: medians(volume, (5, 17, 4), queue),
         ndi.median_filter(volume, 3),
     )
 
@@ -368,14 +372,7 @@ def an_input_given_back(queue: Any, rng: Any, folder: Path) -> Any:
 
 def two_filters(volume: Any, first: Any, second: Any) -> Any:
     def build() -> ci.CellImg:
-        lower = ci.map_cells(
-            lambda a: ndi.median_filter(a, 3),
-            volume,
-            halo=1,
-            dtype="f4",
-            cell_shape=(4, 5),
-            queue=first,
-        )
+        lower = medians(volume, (4, 5), first)
         return ci.map_cells(
             lambda a: ndi.maximum_filter(a, 5),
             lower,
@@ -448,14 +445,7 @@ def zarr_input(queue: Any, rng: Any, folder: Path) -> Any:
     plane = rng.random((11, 13), dtype="f4")
     array = zarr.create_array(str(folder / "in.zarr"), data=plane, chunks=(4, 5))
     return (
-        lambda: ci.map_cells(
-            lambda a: ndi.median_filter(a, 3),
-            array,
-            halo=1,
-            dtype="f4",
-            cell_shape=(6, 4),
-            queue=queue,
-        ),
+        lambda: medians(array, (6, 4), queue),
         ndi.median_filter(plane, 3),
     )
 
@@ -465,14 +455,7 @@ def dask_input(queue: Any, rng: Any, folder: Path) -> Any:
     plane = rng.random((11, 13), dtype="f4")
     array = da.from_array(plane, chunks=(4, 5)) + 1
     return (
-        lambda: ci.map_cells(
-            lambda a: ndi.median_filter(a, 3),
-            array,
-            halo=1,
-            dtype="f4",
-            cell_shape=(6, 4),
-            queue=queue,
-        ),
+        lambda: medians(array, (6, 4), queue),
         ndi.median_filter(plane + 1, 3),
     )
 
@@ -518,13 +501,7 @@ def test_more_cells_than_are_asked_for_at_a_time(make_queue: Make, in_time: Any)
 
 
 def test_a_cell_is_computed_once_and_then_held(make_queue: Make, log: Any) -> None:
-    add = log.add
-
-    def fill(block: ci.Block) -> None:
-        add(block.index)
-        block.data[...] = block.index
-
-    image = numbers(make_queue(), 4, fill)
+    image = numbers(make_queue(), 4, log.fill)
     for _ in range(2):
         np.testing.assert_array_equal(image[...], range(4))
     assert sorted(log.first_words()) == ["0", "1", "2", "3"]
@@ -534,13 +511,7 @@ def test_a_cell_is_computed_once_and_then_held(make_queue: Make, log: Any) -> No
 
 
 def test_prefetched_cells_are_not_computed_again(make_queue: Make, log: Any, in_time: Any) -> None:
-    add = log.add
-
-    def fill(block: ci.Block) -> None:
-        add(block.index)
-        block.data[...] = block.index
-
-    image = numbers(make_queue(), 4, fill)
+    image = numbers(make_queue(), 4, log.fill)
     assert image.prefetch().result(PATIENCE_S) is None
     np.testing.assert_array_equal(in_time(lambda: image[...]), range(4))
     assert sorted(log.first_words()) == ["0", "1", "2", "3"]
@@ -1179,14 +1150,8 @@ def interrupt_when(begin: Begin) -> Iterator[Callable[[Callable[[], None]], Any]
 def test_after_an_interrupt_the_queue_goes_on(
     make_queue: Make, gate: Any, interrupt_when: Any, in_time: Any
 ) -> None:
-    hold = gate.hold
-
-    def fill(block: ci.Block) -> None:
-        hold()
-        block.data[...] = block.index
-
     queue = make_queue()
-    image = numbers(queue, 2, fill)
+    image = numbers(queue, 2, gate.fill)
     with pytest.raises(KeyboardInterrupt), interrupt_when(lambda: gate.wait_for(1)):
         # One cell, so that no other thread has to end its own first.
         image[:1]
@@ -1199,14 +1164,8 @@ def test_after_an_interrupt_the_queue_goes_on(
 def test_workers_lost_in_the_middle_of_a_read(
     make_queue: Make, backend: str, gate: Any, begin: Begin, in_time: Any, kill_workers: Any
 ) -> None:
-    hold = gate.hold
-
-    def fill(block: ci.Block) -> None:
-        hold()
-        block.data[...] = block.index
-
     queue = make_queue()
-    image = numbers(queue, 6, fill)
+    image = numbers(queue, 6, gate.fill)
     reader = begin(lambda: image[...])
     gate.wait_for(2)
     kill_workers(queue)

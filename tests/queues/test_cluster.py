@@ -352,6 +352,15 @@ def test_a_client_in_another_process_computes_nothing_again(
     assert counts(log) == once(cells(image, REGION))
 
 
+def kill_a_worker(client: Any, until: Until) -> int:
+    """Kill a worker, wait until the scheduler knows, and return its process id."""
+    address, victim = next(iter(client.run(os.getpid).items()))
+    os.kill(victim, signal.SIGKILL)
+    # Whoever asks a dead worker before the scheduler knows tries for half a minute.
+    until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+    return int(victim)
+
+
 def test_a_lost_worker_costs_its_cells_only(
     make_client: Any,
     make_queue: Any,
@@ -366,10 +375,7 @@ def test_a_lost_worker_costs_its_cells_only(
     np.testing.assert_array_equal(image[REGION], expected[REGION])
     by_process = log.by_process()
     assert len(by_process) == 2
-    (address, victim), _ = client.run(os.getpid).items()
-    os.kill(victim, signal.SIGKILL)
-    # Whoever asks a dead worker before the scheduler knows tries for half a minute.
-    until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+    victim = kill_a_worker(client, until)
     np.testing.assert_array_equal(image[REGION], expected[REGION])
     np.testing.assert_array_equal(image[REGION], expected[REGION])
     assert counts(log) == once(cells(image, REGION)) + Counter(by_process[victim])
@@ -566,13 +572,8 @@ def test_a_closed_queue_leaves_nothing_and_the_client_goes_on(
 def test_a_queue_that_is_closed_under_way_leaves_nothing(
     client: Any, make_queue: Any, gate: Any, begin: Begin, until: Until
 ) -> None:
-    hold, queue = gate.hold, make_queue()
-
-    def fill(block: ci.Block) -> None:
-        hold()
-        block.data[...] = block.index
-
-    image = numbers(queue, 6, fill)
+    queue = make_queue()
+    image = numbers(queue, 6, gate.fill)
     read = begin(lambda: image[...])
     gate.wait_for(2)
     queue.close()
@@ -890,19 +891,24 @@ def test_after_an_error_the_next_read_tries_again_at_once(
         np.testing.assert_array_equal(image[...], range(24))
 
 
-def test_what_was_computed_beside_a_failing_cell_is_held(
-    queue: ci.BlockQueue, log: Any, tmp_path: Path
-) -> None:
-    add, broken = log.add, tmp_path / "broken"
-    name = str(broken)
+def failing(guilty: int, broken: Path, log: Any) -> Callable[[ci.Block], None]:
+    """Return a function that logs and numbers cells, and fails at one while there is a file."""
+    add, name = log.add, str(broken)
 
     def fill(block: ci.Block) -> None:
         add(block.index)
-        if block.index == 5 and os.path.exists(name):  # noqa: PTH110
+        if block.index == guilty and os.path.exists(name):  # noqa: PTH110
             raise OSError("the disk is full")
         block.data[...] = block.index
 
-    image = numbers(queue, 10, fill)
+    return fill
+
+
+def test_what_was_computed_beside_a_failing_cell_is_held(
+    queue: ci.BlockQueue, log: Any, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    image = numbers(queue, 10, failing(5, broken, log))
     broken.touch()
     with pytest.raises(ci.BlockError, match="the disk is full"):
         image[...]
@@ -1215,9 +1221,7 @@ def test_a_lost_worker_costs_its_batches_only(
     image = maximum(log, source, make_queue(client, 2), cache=None)
     np.testing.assert_array_equal(image[...], expected)
     by_process = log.by_process()
-    (address, victim), _ = client.run(os.getpid).items()
-    os.kill(victim, signal.SIGKILL)
-    until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+    victim = kill_a_worker(client, until)
     for _ in range(2):
         np.testing.assert_array_equal(image[...], expected)
     assert counts(log) == once(set(map(str, range(64)))) + Counter(by_process[victim])
@@ -1246,9 +1250,7 @@ def test_batches_that_come_back_shorter(
     np.testing.assert_array_equal(image[...], range(40))
     below = ci.map_cells(lambda a: a + 1, image, dtype=int, queue=image.loader.queue, cache=None)
     Path(slow).touch()
-    ((address, victim),) = client.run(os.getpid).items()
-    os.kill(victim, signal.SIGKILL)
-    until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+    kill_a_worker(client, until)
     np.testing.assert_array_equal(below[14:17], range(15, 18))
     np.testing.assert_array_equal(image[...], range(40))
 
@@ -1258,13 +1260,7 @@ def test_a_batch_of_slow_cells_leaves_them_to_others(
 ) -> None:
     monkeypatch.setattr(implementation, "_LONGEST_BATCH_S", 0.0)
     keys = submitted(queue, monkeypatch)
-    add = log.add
-
-    def fill(block: ci.Block) -> None:
-        add(block.index)
-        block.data[...] = block.index
-
-    image = numbers(queue, 60, fill)
+    image = numbers(queue, 60, log.fill)
     for _ in range(2):
         np.testing.assert_array_equal(image[...], range(60))
         forget_here(image)
@@ -1276,15 +1272,8 @@ def test_a_batch_of_slow_cells_leaves_them_to_others(
 def test_a_cell_that_fails_in_a_batch_is_tried_again_alone(
     cluster: Any, make_queue: Any, few: int, log: Any, tmp_path: Path
 ) -> None:
-    add, broken = log.add, tmp_path / "broken"
-    name = str(broken)
-
-    def fill(block: ci.Block) -> None:
-        add(block.index)
-        if block.index == 77 and os.path.exists(name):  # noqa: PTH110
-            raise OSError("the disk is full")
-        block.data[...] = block.index
-
+    broken = tmp_path / "broken"
+    fill = failing(77, broken, log)
     image = numbers(make_queue(), 100, fill)
     broken.touch()
     with pytest.raises(ci.BlockError, match=r"cell \(77,\).*the disk is full"):
@@ -1382,13 +1371,7 @@ def test_slow_cells_keep_keys_of_their_own(
 ) -> None:
     monkeypatch.setattr(implementation, "_FEW_CELLS", 4)
     monkeypatch.setattr(implementation, "_WORTH_A_KEY_S", 0.0)
-    add = log.add
-
-    def fill(block: ci.Block) -> None:
-        add(block.index)
-        block.data[...] = block.index
-
-    image = numbers(queue, 40, fill)
+    image = numbers(queue, 40, log.fill)
     for _ in range(2):
         np.testing.assert_array_equal(image[...], range(40))
         ci.get_cache().clear()
@@ -1404,13 +1387,8 @@ def test_all_workers_gone_in_the_middle_of_a_read(
     make_client: Any, make_queue: Any, gate: Any, begin: Begin
 ) -> None:
     client = make_client(2)
-    queue, hold = make_queue(client, timeout_s=2), gate.hold
-
-    def fill(block: ci.Block) -> None:
-        hold()
-        block.data[...] = block.index
-
-    image = numbers(queue, 6, fill)
+    queue = make_queue(client, timeout_s=2)
+    image = numbers(queue, 6, gate.fill)
     read = begin(lambda: image[...])
     gate.wait_for(2)
     client.started_with.scale(0)
@@ -1463,13 +1441,8 @@ def test_the_client_closed_while_somebody_reads(
     cluster: Any, make_queue: Any, gate: Any, begin: Begin
 ) -> None:
     client = connect(cluster)
-    queue, hold = make_queue(client), gate.hold
-
-    def fill(block: ci.Block) -> None:
-        hold()
-        block.data[...] = block.index
-
-    image = numbers(queue, 3, fill)
+    queue = make_queue(client)
+    image = numbers(queue, 3, gate.fill)
     read = begin(lambda: image[...])
     gate.wait_for(1)
     client.close()
@@ -1484,13 +1457,8 @@ def test_the_client_closed_while_somebody_reads(
 def test_a_queue_with_a_client_of_its_own_closed_while_somebody_reads(
     cluster: Any, make_queue: Any, gate: Any, begin: Begin
 ) -> None:
-    queue, hold = make_queue(cluster.scheduler_address), gate.hold
-
-    def fill(block: ci.Block) -> None:
-        hold()
-        block.data[...] = block.index
-
-    image = numbers(queue, 3, fill)
+    queue = make_queue(cluster.scheduler_address)
+    image = numbers(queue, 3, gate.fill)
     read = begin(lambda: image[...])
     gate.wait_for(1)
     queue.close()

@@ -169,14 +169,9 @@ def test_a_segment_that_an_interrupted_worker_may_still_write_to_is_not_used_aga
 def test_callers_do_not_take_more_segments_than_workers_need(
     make_queue: Any, gate: Any, begin: Begin, footprint: Callable[[], dict[str, Any]]
 ) -> None:
-    queue, hold = make_queue(2), gate.hold
+    queue = make_queue(2)
     before = set(footprint()["segments"])
-
-    def fill(block: ci.Block) -> None:
-        hold()
-        block.data[...] = block.index
-
-    image = ci.fill_cells(fill, ci.CellGrid((12,), 1), dtype=int, queue=queue)
+    image = ci.fill_cells(gate.fill, ci.CellGrid((12,), 1), dtype=int, queue=queue)
     reads = [begin(partial(image.load, index)) for index in range(12)]
     gate.wait_for(2)
     assert len(set(footprint()["segments"]) - before) <= 4

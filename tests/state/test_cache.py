@@ -9,7 +9,6 @@ import threading
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -70,31 +69,6 @@ def owner() -> Owner:
     return Owner()
 
 
-@pytest.fixture
-def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """A semaphore that is released each time a thread is about to wait for another's load."""
-    semaphore = threading.Semaphore(0)
-    join = Flight.join
-
-    def counted(flight: Flight, done: threading.Event) -> None:
-        semaphore.release()
-        join(flight, done)
-
-    monkeypatch.setattr(Flight, "join", counted)
-    return semaphore
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(64) as executor:
-        yield executor
-
-
-def wait_for(semaphore: threading.Semaphore, times: int) -> None:
-    for _ in range(times):
-        assert semaphore.acquire(timeout=PATIENCE_S)
-
-
 class Gate:
     """A loader that says when it began and goes on when it is told to."""
 
@@ -126,7 +100,7 @@ def test_64_threads_on_one_key_cause_one_load_and_get_one_object(owner, waiting,
         return shelf.get(7, gate)
 
     futures = [pool.submit(ask) for _ in range(64)]
-    wait_for(waiting, 63)
+    waiting(63)
     gate.go_on.set()
     values = [future.result(PATIENCE_S) for future in futures]
 
@@ -214,7 +188,7 @@ def test_a_raising_loader_reaches_every_waiter_and_is_not_kept(owner, waiting, p
         return load(index)
 
     futures = [pool.submit(shelf.get, 5, slow) for _ in range(16)]
-    wait_for(waiting, 15)
+    waiting(15)
     go_on.set()
     errors = [future.exception(PATIENCE_S) for future in futures]
 
@@ -273,7 +247,7 @@ def test_an_interrupted_load_is_taken_up_by_one_of_those_who_wait(owner, waiting
     loser = pool.submit(first)
     assert began.wait(PATIENCE_S)
     waiters = [pool.submit(shelf.get, 1, load_again) for _ in range(8)]
-    wait_for(waiting, 8)
+    waiting(8)
     go_on.set()
     assert loser.result(PATIENCE_S) == "interrupted"
     values = [waiter.result(PATIENCE_S) for waiter in waiters]
@@ -298,7 +272,7 @@ def test_an_interrupt_after_the_load_leaves_nobody_waiting(owner, waiting, pool)
     assert gate.began.wait(PATIENCE_S)
     thread = threading.Thread(target=shelf.get, args=(0, load_of(4)), daemon=True)
     thread.start()
-    wait_for(waiting, 1)
+    waiting(1)
     gate.go_on.set()
     assert isinstance(interrupted.exception(PATIENCE_S), KeyboardInterrupt)
     thread.join(5)
@@ -390,7 +364,7 @@ def test_a_cache_of_no_bytes_keeps_nothing_but_loads_once(owner, waiting, pool):
     shelf = cache.shelf(owner)
     gate = Gate(load_of(5))
     futures = [pool.submit(shelf.get, 0, gate) for _ in range(4)]
-    wait_for(waiting, 3)
+    waiting(3)
     gate.go_on.set()
     assert len({id(future.result(PATIENCE_S)) for future in futures}) == 1
     assert gate.calls == 1
@@ -635,7 +609,7 @@ def test_invalidate_during_a_load_never_publishes_old_data(
     first = pool.submit(shelf.get, 3, gate)
     assert gate.began.wait(PATIENCE_S)
     second = pool.submit(shelf.get, 3, never)
-    wait_for(waiting, 1)
+    waiting(1)
 
     version[0] = 2
     shelf.invalidate(which)
@@ -671,7 +645,7 @@ def test_an_old_load_that_fails_after_invalidate_leaves_the_new_one_alone(owner,
     old.go_on.set()
     assert isinstance(first.exception(PATIENCE_S), LookupError)
     third = pool.submit(shelf.get, 0, never)
-    wait_for(waiting, 1)
+    waiting(1)
     new.go_on.set()
     assert second.result(PATIENCE_S) is third.result(PATIENCE_S) is shelf.peek(0)
 
@@ -823,7 +797,7 @@ def test_stats_count_each_thing_once(owner, waiting, pool):
         shelf.get(1, plain_error)  # miss, error
     gate = Gate(load_of(15))
     futures = [pool.submit(shelf.get, 2, gate) for _ in range(3)]  # miss, load, two joins
-    wait_for(waiting, 2)
+    waiting(2)
     gate.go_on.set()
     for future in futures:
         future.result(PATIENCE_S)

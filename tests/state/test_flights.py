@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,12 +22,6 @@ class Owner:
 @pytest.fixture
 def owner() -> Owner:
     return Owner()
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(16) as executor:
-        yield executor
 
 
 def new_shelf(owner: Owner) -> Shelf:
