@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import logging
 import os
 import threading
@@ -509,6 +510,7 @@ def _at_exit() -> None:
         _save_the_rest(saver)
 
 
-# zarr writes by way of an executor, which is shut down before what `atexit` knows is called. As
-# executors themselves do, this asks to be called before that.
+# zarr writes by way of an executor. Executors are shut down before what `atexit` knows is called,
+# by what their module registers when it is imported; what is registered later is called earlier.
+importlib.import_module("concurrent.futures.thread")
 getattr(threading, "_register_atexit", atexit.register)(_at_exit)
