@@ -1,5 +1,7 @@
 """What a fresh process runs: ``python -m benchmarks.cases CASE ARGUMENTS``.
 
+Without arguments it runs one case after the other, as they are asked for in its input.
+
 Each case warms up on a small image, measures once, and gives numbers, printed as JSON.
 """
 
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from importlib import import_module
+from typing import Any
 
 from benchmarks.harness import use_two_cores
 
@@ -36,8 +40,30 @@ MODULES = {
     "write_back": "changing",
 }
 
+
+def measured(case: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run a case."""
+    measure = getattr(import_module(f"benchmarks.{MODULES[case]}"), case)
+    numbers: dict[str, Any] = measure(**arguments)
+    return numbers
+
+
+def serve() -> None:
+    """Run the cases that are asked for, one in each line."""
+    # What a case prints must not be taken for an answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            answer = measured(*json.loads(line))
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
 if __name__ == "__main__":
     use_two_cores()
-    _, case, arguments = sys.argv
-    measure = getattr(import_module(f"benchmarks.{MODULES[case]}"), case)
-    print(json.dumps(measure(**json.loads(arguments))))
+    if len(sys.argv) == 1:
+        serve()
+    else:
+        _, case, arguments = sys.argv
+        print(json.dumps(measured(case, json.loads(arguments))))

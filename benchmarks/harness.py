@@ -55,6 +55,42 @@ def in_fresh_process(case: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
+class OneProcess:
+    """A process that runs one case after the other, where only that they run matters.
+
+    What the imports take is spent once.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cases"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def measure(self, case: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Run a case and return what it measured."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([case, arguments]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise MeasurementError(f"the process ended during {case} {arguments}")
+        numbers: dict[str, Any] = json.loads(answer)
+        if "error" in numbers:
+            raise MeasurementError(f"{case} {arguments} failed:\n{numbers['error']}")
+        return numbers
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
 def use_two_cores() -> None:
     """Keep this process on two cores where it has more, so that machines can be compared."""
     if hasattr(os, "sched_setaffinity"):

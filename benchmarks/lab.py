@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 from typing import Any
 
-from benchmarks.harness import MeasurementError, in_fresh_process
+from benchmarks.harness import MeasurementError, OneProcess, in_fresh_process
+
+_AT_A_TIME = 2
 
 Case = tuple[str, dict[str, Any]]
 Results = dict[str, list[dict[str, Any]]]
@@ -68,11 +71,16 @@ class Lab:
         self.quick = quick
         self._folder = tempfile.TemporaryDirectory(prefix="cellimg-benchmark-")
         self._once: dict[str, Results] = {}
+        self._processes: SimpleQueue[OneProcess] = SimpleQueue()
+        for _ in range(_AT_A_TIME if quick else 0):
+            self._processes.put(OneProcess())
         self.stored_ratio: float | None = None
         """Bytes over stored bytes of the zarr input, once it was written."""
 
     def close(self) -> None:
-        """Remove the inputs."""
+        """Remove the inputs, and end the processes of a quick run."""
+        while not self._processes.empty():
+            self._processes.get().close()
         self._folder.cleanup()
 
     def measure(self, cases: dict[str, Case], repeats: int | None = None) -> Results:
@@ -91,14 +99,23 @@ class Lab:
         def one(job: tuple[int, str]) -> dict[str, Any]:
             turn, name = job
             print(f"… {name} ({turn + 1} of {rounds})", file=sys.stderr, flush=True)
-            return in_fresh_process(*cases[name])
+            return self._measured(*cases[name])
 
-        with ThreadPoolExecutor(2 if self.quick else 1) as pool:
+        with ThreadPoolExecutor(_AT_A_TIME if self.quick else 1) as pool:
             done = list(pool.map(one, order))
         results: Results = {name: [] for name in names}
         for (_, name), result in zip(order, done, strict=True):
             results[name].append(result)
         return results
+
+    def _measured(self, case: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        if not self.quick:
+            return in_fresh_process(case, arguments)
+        process = self._processes.get()
+        try:
+            return process.measure(case, arguments)
+        finally:
+            self._processes.put(process)
 
     def once(self, name: str, measure: Callable[[], Results]) -> Results:
         """Return what was measured under this name, which several rows share."""
@@ -139,7 +156,7 @@ class Lab:
         folder = Path(self._folder.name, "inputs")
         if self.stored_ratio is None:
             size, chunk = (64, 16) if self.quick else (512, 64)
-            written = in_fresh_process(
+            written = self._measured(
                 "write_inputs", {"zarr": str(folder), "size": size, "chunk": chunk}
             )
             self.stored_ratio = written["ratio"]

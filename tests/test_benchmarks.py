@@ -15,8 +15,8 @@ pytest.importorskip("scipy")
 pytest.importorskip("distributed")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {"core": "abcdefgh", "queue": "abcde"}
-WITH_GOALS = {"core": "abcdefgh", "queue": "abde"}
+ROWS = {"core": "abcdefgh", "queue": "abcde", "change": "abcde"}
+WITH_GOALS = {"core": "abcdefgh", "queue": "abde", "change": "abce"}
 
 
 def run_benchmark(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +66,13 @@ def test_a_quick_run_of_the_queues_prints_every_row_too(tmp_path: Path) -> None:
     travels = [line for line in written["d"] if line["unit"] == "×"]
     assert len(travels) == 4
     assert all(line["reached"] for line in travels)
+
+
+def test_a_quick_run_of_changes_finds_nothing_stale(tmp_path: Path) -> None:
+    written = quick_run("change", tmp_path / "values.json")
+    counted = {line["what"].split(": ")[-1].strip(): line["median"] for line in written["d"]}
+    assert counted["of which stale"] == counted["exceptions"] == 0
+    assert counted["edits"] > 0
 
 
 @pytest.mark.parametrize("program", ROWS)
