@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import DTypeLike, NDArray
 
-from cellimg_dask.blocks.errors import CycleError, SaveError
+from cellimg_dask.blocks.errors import CycleError, SaveError, SourceChangedError
 from cellimg_dask.geometry import CellGrid, Roi, as_ints
 from cellimg_dask.image.describe import size_text
 from cellimg_dask.image.indexing import VoxelChange, assign, take
@@ -239,8 +239,14 @@ class Source:
 
     def __getitem__(self, key: Any) -> Any:
         """Return what NumPy would for any index, as a copy."""
-        reader = self._reader
-        return take(reader.grid, reader.dtype, reader.tile, key)
+        while True:
+            reader = self._reader
+            try:
+                return take(reader.grid, reader.dtype, reader.tile, key)
+            except SourceChangedError:
+                # Somebody edits it meanwhile, and its store holds one version only.
+                if self._reader is reader:
+                    raise
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:

@@ -495,6 +495,22 @@ def test_several_threads_write_back_and_read(disk, pool):
     np.testing.assert_array_equal(image[:], -disk.array[:])
 
 
+def test_reading_a_store_while_it_is_edited_gives_one_edition(disk):
+    source = ci.Source(disk)
+    real = disk.array
+
+    class Edits:
+        """What is read first changes what is read afterwards."""
+
+        def __getitem__(self, key):
+            disk.array = real
+            source[...] = 5
+            return np.zeros_like(real[key])
+
+    disk.array = Edits()
+    np.testing.assert_array_equal(source[:], 5)
+
+
 def test_a_snapshot_of_a_store_that_changed_is_an_error_that_says_so(stored):
     source = ci.Source(stored)
     image = ci.map_cells(np.negative, source)
