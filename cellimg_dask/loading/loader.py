@@ -28,6 +28,7 @@ from cellimg_dask.loading.readers import (
     AbsentReader,
     ArrayReader,
     ChunkedReader,
+    PinnedReader,
     Reader,
     TiledReader,
     native,
@@ -35,6 +36,7 @@ from cellimg_dask.loading.readers import (
     read_windows,
 )
 from cellimg_dask.loading.running import Queue
+from cellimg_dask.loading.source import MemoryReader, StoredReader
 from cellimg_dask.state.cache import CellCache, OutdatedError, Shelf
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
 from cellimg_dask.state.history import History
@@ -123,6 +125,9 @@ class CellLoader:
         self._cells = None if queue is None else queue.cells
         self.depth: int = 1 + max((loader.depth for loader in self.upstream()), default=0)
         """Length of the longest chain of images that ends here."""
+        self.isolated = _are_isolated(self.readers)
+        """Whether something that it rests on is read as it was, whatever has changed since. If
+        not, an older edition computes the same as the latest, and shares all cells with it."""
 
     def _set_apply(self) -> None:
         blocks = None if self.queue is None else self.queue.blocks
@@ -145,6 +150,7 @@ class CellLoader:
         new.__dict__.update(self.__dict__)
         new.__dict__.pop("lasting", None)
         new.readers = tuple(readers)
+        new.isolated = _are_isolated(new.readers)
         new._begin()
         return new
 
@@ -348,7 +354,15 @@ class CellLoader:
                 yield index, value
 
     def _keep(self, index: int, value: NDArray[Any], seconds: float) -> NDArray[Any]:
-        return self._get(index, lambda _: value, seconds)
+        """Keep a cell that was computed elsewhere, from what there was in this edition."""
+        known = self.edition
+        while True:
+            try:
+                return self.shelf.get(index, lambda _: value, seconds, known)
+            except OutdatedError:
+                known = self.history.last
+                if self.has_changed(index):
+                    return self.aside().get(index, lambda _: value, seconds)
 
     def has_changed(self, index: int) -> bool:
         """Whether a cell of the image has changed since this edition, as far as is known."""
@@ -357,7 +371,7 @@ class CellLoader:
     def peek(self, index: int) -> NDArray[Any] | None:
         """Return a cell of this edition if it is in memory, else None; computes nothing."""
         held = self.shelf.peek(index)
-        if self.shelf.edition <= self.edition or not self.has_changed(index):
+        if self.shelf.edition <= self.edition or not self.isolated or not self.has_changed(index):
             return held
         return None if self._aside is None else self._aside.peek(index)
 
@@ -395,7 +409,7 @@ class CellLoader:
                 return self.shelf.get(index, load, seconds, known)
             except OutdatedError:
                 known = self.history.last
-                if self.has_changed(index):
+                if self.isolated and self.has_changed(index):
                     return self.aside().get(index, load, seconds)
 
     def plan(self, index: int) -> CellPlan:
@@ -559,6 +573,15 @@ class CellLoader:
             "the cell needs itself: the block function, or an input, reads this image or one "
             "made from it",
         )
+
+
+def _are_isolated(readers: Sequence[Reader]) -> bool:
+    return any(
+        reader.loader.isolated
+        if isinstance(reader, ImageReader)
+        else isinstance(reader, (MemoryReader, StoredReader, PinnedReader))
+        for reader in readers
+    )
 
 
 def _text(box: Box) -> str:
