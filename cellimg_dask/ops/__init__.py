@@ -1,0 +1,1 @@
+"""Floor 5: objects across cells: stacks, points, labels, tables, reductions, pyramids."""
