@@ -30,7 +30,7 @@ from cellimg_dask.loading.readers import Reader, make_reader
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache
 
-__all__ = ["fill_cells", "map_cells"]
+__all__ = ["fill_cells", "make_image", "map_cells"]
 
 _DEFAULT_VOXELS_LOG2 = 20
 
@@ -164,7 +164,7 @@ def map_cells(
         else:
             wide: HaloLike = main_halo if len(item.shape) == len(whole) else halo
             plans.append(item.plan(number, None, wide, boundary, fill_value))
-    return _make(
+    return make_image(
         ArrayFunction(f),
         CellGrid(shape, cells),
         items,
@@ -245,7 +245,7 @@ def fill_cells(
             wide: HaloLike = main_halo if len(item.shape) == grid.ndim else halo
             plans.append(item.plan(number, None, wide, boundary, fill_value))
     checked = _checked_dtype(dtype)
-    return _make(FillFunction(f), grid, items, plans, checked, params, cache, queue, version)
+    return make_image(FillFunction(f), grid, items, plans, checked, params, cache, queue, version)
 
 
 def _plan_linked(
@@ -281,7 +281,7 @@ def _plan_linked(
     return replace(plan, halo=Halo(widths(plan.halo.before), widths(plan.halo.after)))
 
 
-def _make(
+def make_image(
     function: BlockFunction,
     grid: CellGrid,
     items: Sequence[Input],
@@ -292,6 +292,7 @@ def _make(
     queue: BlockQueue | None,
     version: str | None,
 ) -> CellImg:
+    """Return a lazy image of checked parts; see `fill_cells` for the rest."""
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(f"params must be a mapping of names, got {type(params).__name__}")
     for name in params or ():

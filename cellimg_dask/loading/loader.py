@@ -38,6 +38,7 @@ from cellimg_dask.loading.readers import (
 from cellimg_dask.loading.running import Queue
 from cellimg_dask.loading.source import MemoryReader, StoredReader
 from cellimg_dask.state.cache import CellCache, OutdatedError, Shelf
+from cellimg_dask.state.disk import DiskCells
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
 from cellimg_dask.state.history import History
 
@@ -210,6 +211,11 @@ class CellLoader:
             return get_crew()
         return self.queue.blocks.crew
 
+    @property
+    def _disk(self) -> DiskCells | None:
+        # Nothing is pickled there, so that nothing has to be unpickled.
+        return None if self.dtype.hasobject else self.shelf.cache.disk
+
     @cached_property
     def lasting(self) -> Lasting:
         """The image's cells on the disk."""
@@ -332,7 +338,7 @@ class CellLoader:
     ) -> Generator[tuple[int, NDArray[Any]], None, None]:
         """Yield cells that are computed elsewhere, as they come; with ``keep`` from the cache."""
         assert self._cells is not None
-        disk = self.shelf.cache.disk
+        disk = self._disk
         keys: dict[int, str | None] = {}
         missing = []
         for index in indices:
@@ -432,7 +438,7 @@ class CellLoader:
 
         With a disk behind the cache it may be found there instead.
         """
-        disk = self.shelf.cache.disk
+        disk = self._disk
         if disk is None or readers is not None:
             return self._compute_owned(index, self.readers if readers is None else readers)
         compute = partial(self._compute_owned, readers=self.readers)
@@ -443,7 +449,7 @@ class CellLoader:
 
         It may be a view of an input, or a buffer that the function will use again.
         """
-        if self.shelf.cache.disk is not None or not self._runs_here:
+        if self._disk is not None or not self._runs_here:
             return self.compute_owned(index)
         result = self._compute(self.plan(index), self.readers, None)
         return np.asarray(result, self.dtype)
@@ -500,7 +506,7 @@ class CellLoader:
         began = perf_counter()
         try:
             with inside(flight):
-                if self.shelf.cache.disk is not None:
+                if self._disk is not None:
                     target[...] = self.compute_owned(index)[source]
                 elif target.shape == plan.shape:
                     self._compute(plan, self.readers, target)
