@@ -9,6 +9,7 @@ from typing import Any
 import dask.dataframe as dd
 import pandas as pd
 from dask._task_spec import convert_legacy_graph
+from dask.base import normalize_token
 
 # A leaf of dask's own expressions: the public dask.dataframe.from_graph writes all tasks out for
 # any one partition, and from_map sends the whole definition with each task.
@@ -23,16 +24,22 @@ from cellimg_dask.queues.tasks import dask_name, graph_of
 __all__ = ["frame_of", "latest"]
 
 
-def frame_of(image: CellImg, meta: pd.DataFrame) -> dd.DataFrame:
+Make = Callable[[Any], pd.DataFrame]
+"""From the value of a cell to a new table."""
+
+
+def frame_of(image: CellImg, meta: pd.DataFrame, make: Make = pd.DataFrame.copy) -> dd.DataFrame:
     """Return an image of tables as a data frame, one partition per cell.
 
     Parameters
     ----------
     image : CellImg
-        Of dtype object, one voxel per cell: a `pandas.DataFrame` with the columns, dtypes and
-        kind of index of ``meta``.
+        Of dtype object, one voxel per cell.
     meta : pandas.DataFrame
         A table without rows.
+    make : callable
+        Makes a table with the columns, dtypes and kind of index of ``meta`` of the value of a cell.
+        Whoever gets it may write into it, so it shares nothing with the value.
 
     Returns
     -------
@@ -43,7 +50,7 @@ def frame_of(image: CellImg, meta: pd.DataFrame) -> dd.DataFrame:
     """
     if image.grid.num_cells == 0:
         return dd.from_pandas(meta, npartitions=1)
-    return new_collection(_FromCells(_Cells.of(image, meta)))
+    return new_collection(_FromCells(_Cells.of(image, meta, make)))
 
 
 def latest(frame: Any) -> Any:
@@ -92,7 +99,7 @@ def latest(frame: Any) -> Any:
         cells = leaf.operand("cells")
         if cells.image is None:
             raise ValueError("the data frame came from another process: its images are not here")
-        now = leaf.substitute_parameters({"cells": _Cells.of(cells.image, cells.meta)})
+        now = leaf.substitute_parameters({"cells": _Cells.of(cells.image, cells.meta, cells.make)})
         if now._name != leaf._name:
             changed = changed.substitute(leaf, now)
     return frame if changed is expression else new_collection(changed)
@@ -105,33 +112,41 @@ class _Cells:
         self,
         graph: Any,
         name: str,
+        token: str,
         num_cells: int,
         strides: tuple[int, ...],
         meta: pd.DataFrame,
+        make: Make,
         image: CellImg | None,
     ) -> None:
         self._graph = graph
         self._name = name
+        # Expressions of one token are one object for dask. Two images may be defined alike and
+        # change apart from each other.
+        self._token = token
         self.num_cells = num_cells
         self._strides = strides
         self.meta = meta
+        self.make = make
         self.image = image
         """What may have changed since; not known elsewhere."""
 
     @classmethod
-    def of(cls, image: CellImg, meta: pd.DataFrame) -> _Cells:
+    def of(cls, image: CellImg, meta: pd.DataFrame, make: Make) -> _Cells:
         """Return the image's tasks as it is now."""
         loader = image.loader.pinned()
         grid = loader.grid
         name = dask_name(loader)
-        return cls(graph_of(loader), name, grid.num_cells, grid.strides, meta, image)
+        token = f"{name}-{id(image.node)}"
+        return cls(graph_of(loader), name, token, grid.num_cells, grid.strides, meta, make, image)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = self._graph, self._name, self.num_cells, self._strides, self.meta, None
-        return _Cells, state
+        known = self._graph, self._name, self._token, self.num_cells, self._strides
+        return _Cells, (*known, self.meta, self.make, None)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        return "cells", self._name, [(name, str(kind)) for name, kind in self.meta.dtypes.items()]
+        kinds = [(name, str(kind)) for name, kind in self.meta.dtypes.items()]
+        return "cells", self._token, kinds, normalize_token(self.make)
 
     @property
     def prefix(self) -> str:
@@ -145,7 +160,7 @@ class _Cells:
         for number, key in enumerate(keys):
             task = graph[key]
             # In one step, so that a cell stays one task.
-            graph[name, number] = Task((name, number), _table, task.func, *task.args)
+            graph[name, number] = Task((name, number), _table, self.make, task.func, *task.args)
         for key in keys:
             graph.pop(key, None)
         return graph
@@ -158,9 +173,8 @@ class _Cells:
         return tuple(position)
 
 
-def _table(compute: Callable[..., Any], *args: Any) -> Any:
-    # Whoever gets it may write into it, and the cell is kept.
-    return compute(*args).item().copy()
+def _table(make: Make, compute: Callable[..., Any], *args: Any) -> pd.DataFrame:
+    return make(compute(*args).item())
 
 
 class _FromCells(PartitionsFiltered, IO):  # type: ignore[misc]  # dask is not typed

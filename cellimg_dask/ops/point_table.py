@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,23 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PointTable"]
+__all__ = ["Found", "PointTable"]
 
 Floats = NDArray[np.float64]
+
+
+class Found(NamedTuple):
+    """Points as a cell keeps them, which is lighter than a data frame."""
+
+    points: Floats
+    """Of shape (points, axes), in voxels of the image."""
+    others: Mapping[str, Any]
+    """The further columns: arrays of NumPy or pandas."""
+
+    def take(self, keep: NDArray[Any]) -> Found:
+        """Return some of the points."""
+        others = {name: values[keep] for name, values in self.others.items()}
+        return Found(self.points[keep], others)
 
 
 @dataclass(frozen=True)
@@ -71,21 +85,25 @@ class PointTable:
 
     def meta(self) -> pd.DataFrame:
         """Return the table without rows."""
-        return self.table(np.empty((0, len(self.axes))), {})
-
-    def table(self, points: Floats, others: Mapping[str, Any]) -> pd.DataFrame:
-        """Return a table of checked columns; points are in voxels of the image."""
         import pandas as pd
 
+        none = {name: pd.array([], dtype=dtype) for name, dtype in self.columns}
+        return self.frame(Found(np.empty((0, len(self.axes))), none))
+
+    def frame(self, found: Found) -> pd.DataFrame:
+        """Return points as a new data frame."""
+        import pandas as pd
+
+        points, others = found
         columns: dict[str, Any] = dict(zip(self.axes, points.T, strict=True))
         for name, dtype in self.columns:
-            columns[name] = others[name] if name in others else pd.Series([], dtype=dtype)
+            columns[name] = pd.Series(others[name], dtype=dtype)
         if self.voxel_size is not None:
             columns |= zip(self.physical, (points * self.voxel_size).T, strict=True)
         return pd.DataFrame(columns)
 
-    def read(self, result: Any) -> tuple[Floats, dict[str, Any]]:
-        """Return the coordinates, of shape (points, axes), and the other columns of a result.
+    def read(self, result: Any) -> Found:
+        """Return what a function returned as points, with coordinates as they are.
 
         Raises
         ------
@@ -116,7 +134,7 @@ class PointTable:
             return self._named(fields, "a structured array")
         return self._plain(array)
 
-    def _plain(self, array: NDArray[Any]) -> tuple[Floats, dict[str, Any]]:
+    def _plain(self, array: NDArray[Any]) -> Found:
         ndim, width = len(self.axes), len(self.axes) + len(self.columns)
         if array.size == 0 and (array.ndim == 1 or array.shape[0] == 0):
             # There are many ways to write down that nothing was found.
@@ -129,9 +147,9 @@ class PointTable:
             name: _cast(array[:, ndim + number], name, dtype)
             for number, (name, dtype) in enumerate(self.columns)
         }
-        return _finite(array[:, :ndim], self.axes), others
+        return Found(_finite(array[:, :ndim], self.axes), others)
 
-    def _named(self, given: Mapping[Any, Any], what: str) -> tuple[Floats, dict[str, Any]]:
+    def _named(self, given: Mapping[Any, Any], what: str) -> Found:
         wanted = [*self.axes, *(name for name, _ in self.columns)]
         if not given:
             given = dict.fromkeys(wanted, ())
@@ -159,7 +177,7 @@ class PointTable:
                 )
             points[:, axis] = column
         others = {name: _cast(given[name], name, dtype) for name, dtype in self.columns}
-        return _finite(points, self.axes), others
+        return Found(_finite(points, self.axes), others)
 
     def _expected(self) -> str:
         columns = ", ".join([*self.axes, *(name for name, _ in self.columns)])
@@ -241,34 +259,45 @@ def _finite(points: NDArray[Any], axes: Sequence[str]) -> Floats:
 
 
 def _cast(values: Any, name: str, dtype: Any) -> Any:
-    """Return a column in its dtype, if it can hold the values."""
+    """Return a column as an array of its dtype, if that can hold the values."""
     import pandas as pd
 
-    if isinstance(values, np.ndarray):
-        values = values.astype(values.dtype.newbyteorder("="))
-    series = pd.Series(values).reset_index(drop=True)
-    if series.dtype == dtype:
-        return series
+    given = values if isinstance(values, np.ndarray) else pd.Series(values).array
+    if not isinstance(given, np.ndarray) and isinstance(given.dtype, np.dtype):
+        given = given.to_numpy()
+    nothing = int(pd.isna(given).sum())
     try:
         with np.errstate(all="ignore"):
-            result = series.astype(dtype)
-        both_floats = getattr(series.dtype, "kind", "") == getattr(dtype, "kind", "") == "f"
-        numbers = isinstance(series.dtype, np.dtype) and isinstance(dtype, np.dtype)
-        lost = int(result.isna().sum() - series.isna().sum())
-        if not lost and numbers and not both_floats and series.dtype.kind in "biuf":
-            # A float may be rounded to a shorter one, but nothing else changed.
-            lost = int((result.astype(series.dtype) != series).sum())
-            lost -= int(series.isna().sum())
-        elif both_floats:
-            lost += int((np.isinf(result) != np.isinf(series)).sum())
+            if (
+                isinstance(given, np.ndarray)
+                and given.dtype.kind in "biuf"
+                and dtype.kind in "biuf"
+            ):
+                result = given.astype(dtype)
+                lost = _lost(given, result)
+            else:
+                if isinstance(dtype, pd.CategoricalDtype) and dtype.categories is not None:
+                    known = pd.Series(given).isin(dtype.categories)
+                    given = pd.Series(given).where(known).array
+                result = pd.Series(given).astype(dtype).array
+                lost = int(pd.isna(result).sum()) - nothing
+                if isinstance(dtype, np.dtype):
+                    result = np.asarray(result)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"column {name!r} of dtype {series.dtype}, which is no {dtype}: {error}; "
+            f"column {name!r} of dtype {given.dtype}, which is no {dtype}: {error}; "
             f"declare it in columns="
         ) from None
     if lost:
         raise ValueError(
-            f"column {name!r} of dtype {series.dtype}, of which {lost} values are no {dtype}; "
+            f"column {name!r} of dtype {given.dtype}, of which {lost} values are no {dtype}; "
             f"declare another dtype in columns="
         )
     return result
+
+
+def _lost(given: NDArray[Any], result: NDArray[Any]) -> int:
+    """Return how many numbers have become others; floats may be rounded to shorter ones."""
+    if given.dtype.kind == result.dtype.kind == "f":
+        return int((np.isinf(given) != np.isinf(result)).sum())
+    return int((result.astype(given.dtype) != given).sum())

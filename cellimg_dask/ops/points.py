@@ -16,7 +16,7 @@ from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.define import grid_over
 from cellimg_dask.image.input import Input, as_input
 from cellimg_dask.image.values import cell_values
-from cellimg_dask.ops.point_table import PointTable
+from cellimg_dask.ops.point_table import Found, PointTable
 from cellimg_dask.ops.seams import Seams, depths
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache
@@ -77,7 +77,7 @@ def map_points(
         well; of points of different cells that are no farther apart than ``tol`` (each with at
         most one of another cell, the nearest) the one deepest in its own cell stays. Where places
         differ by up to ``jitter`` voxels along each axis, ``tol`` should be at least
-        ``2 * jitter * sqrt(axes)`` and objects farther apart than ``tol + 2 * jitter``.
+        ``2 * jitter * sqrt(axes)`` and objects farther apart than twice that.
     boundary : {"none", "constant", "reflect", "symmetric", "edge", "wrap"}
         As in `map_cells`. Except with ``"none"``, points found more than half a voxel (or ``tol``)
         outside the image are those of its continuation, and left out.
@@ -168,10 +168,10 @@ def map_points(
         version=version,
     )
     if tol is not None:
-        seams = Seams(finder.__name__, grid, table.axes, tol)
+        seams = Seams(finder.__name__, grid, tol)
         one_each = CellGrid(grid.grid_shape, (1,) * grid.ndim)
         cells = cell_values(seams, one_each, cells, halo=seams.reach, cache=cache)
-    return frame_of(cells, table.meta())
+    return frame_of(cells, table.meta(), table.frame)
 
 
 def _complete(item: Input, halo: Halo, boundary: str, fill_value: Any) -> Input:
@@ -198,10 +198,7 @@ def _tolerance(merge: Any) -> float | None:
 
 @dataclass(frozen=True)
 class _Finder:
-    """Calls a function of arrays for a block, and makes a table of its points of what it returns.
-
-    The points are those in the cell's core, or up to ``reach`` outside.
-    """
+    """Calls a function of arrays for a block, and reads what it returns as points."""
 
     function: Callable[..., Any]
     grid: CellGrid
@@ -210,7 +207,8 @@ class _Finder:
     boundary: str
     """What lies beyond the first input."""
     table: PointTable
-    reach: float
+    tol: float
+    """How far outside the cell points count."""
 
     @property
     def __name__(self) -> str:
@@ -221,8 +219,8 @@ class _Finder:
         """Return the same with ``bind(f)`` in place of the user's function ``f``."""
         return replace(self, function=bind(self.function))
 
-    def __call__(self, block: Block) -> Any:
-        """Return the table of a cell."""
+    def __call__(self, block: Block) -> Found:
+        """Return the points of a cell."""
         result = self.function(*block.inputs, **block.params)
         roi = self.grid.roi(block.position)
         try:
@@ -232,10 +230,9 @@ class _Finder:
         origin = np.subtract(roi.start, self.before)
         # A halo that is clipped begins with the image.
         points = points + (np.maximum(origin, 0) if self.boundary == "none" else origin)
-        keep = depths(points, self.grid, block.position) >= -self.reach
+        keep = depths(points, self.grid, block.position) >= -self.tol
         if self.boundary != "none":
-            beyond = max(self.reach, 0.5)
+            beyond = max(self.tol, 0.5)
             inside = (points >= -beyond) & (points <= np.array(self.grid.shape) - 1 + beyond)
             keep &= inside.all(axis=1)
-        chosen = {name: values[keep].reset_index(drop=True) for name, values in others.items()}
-        return self.table.table(points[keep], chosen)
+        return Found(points, others).take(keep)

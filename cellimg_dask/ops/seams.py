@@ -7,9 +7,7 @@ the one that lies deepest in the core of its own cell stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.geometry import CellGrid
+from cellimg_dask.ops.point_table import Found
 
 __all__ = ["Seams", "depths"]
 
@@ -60,19 +59,17 @@ def depths(points: NDArray[Any], grid: CellGrid, position: tuple[int, ...]) -> N
 class Seams:
     """Keeps of a cell's points those that no neighbour has found as well, and deeper inside.
 
-    Called with a block whose input holds the tables of the cell and of its neighbours.
+    Called with a block whose input holds what was `Found` for the cell and for its neighbours.
 
     Two points of two cells are copies of one object if they are no farther apart than the
     tolerance; each point of one cell has at most one copy in the other, nearest pairs first. As
-    this depends on nothing but the tables of the two cells, both come to the same result.
+    this depends on nothing but what the two cells found, both come to the same result.
     """
 
     name: str
     """Of the function that finds the points."""
     grid: CellGrid
     """Of the image."""
-    axes: tuple[str, ...]
-    """Columns that hold the coordinates."""
     tol: float
     """Greatest distance of two copies, in voxels."""
 
@@ -87,55 +84,52 @@ class Seams:
         # Both may lie that far outside of their cells, and that far from each other.
         return tuple(int(3 * self.tol // size) + 1 for size in self.grid.cell_shape)
 
-    def __call__(self, block: Block) -> Any:
-        """Return the table of a cell without what others keep."""
-        (tables,) = block.inputs
+    def __call__(self, block: Block) -> Found:
+        """Return the points of a cell without those that others keep."""
+        window: Any = block.inputs[0]
         here = tuple(
             min(place, wide) for place, wide in zip(block.position, self.reach, strict=True)
         )
-        table = tables[here]
-        points = self._points(table)
-        depth = depths(points, self.grid, block.position)
-        keep = np.ones(len(points), bool)
+        found = window[here]
+        depth = depths(found.points, self.grid, block.position)
+        keep = np.ones(len(depth), bool)
         near = np.flatnonzero(depth <= 2 * self.tol)
-        if near.size == 0:
-            return table
-        for there in product(*map(range, tables.shape)):
-            if there == here:
+        for there in np.ndindex(window.shape) if near.size else ():
+            points = window[there].points
+            if there == here or not len(points):
                 continue
-            position = tuple(
-                place + at - own for place, at, own in zip(block.position, there, here, strict=True)
-            )
-            theirs = self._points(tables[there])
-            their_depth = depths(theirs, self.grid, position)
+            position = np.add(block.position, np.subtract(there, here))
+            their_depth = depths(points, self.grid, tuple(position.tolist()))
             close = np.flatnonzero(their_depth <= 2 * self.tol)
+            theirs, ours = points[close], found.points[near]
             # In the same order for both, so that equal distances are told apart alike.
-            turned = position < block.position
-            first, second = (theirs[close], points[near])[:: 1 if turned else -1]
-            for pair in _copies(first, second, self.tol):
-                they, we = pair[:: 1 if turned else -1]
+            if there < here:
+                pairs = _copies(theirs, ours, self.tol)
+            else:
+                pairs = [(they, we) for we, they in _copies(ours, theirs, self.tol)]
+            for they, we in pairs:
                 own, other = near[we], close[they]
-                if (depth[own], turned) < (their_depth[other], not turned):
+                if (depth[own], there < here) < (their_depth[other], here < there):
                     keep[own] = False
-        return table if keep.all() else table[keep].reset_index(drop=True)
-
-    def _points(self, table: Any) -> NDArray[np.float64]:
-        points: NDArray[np.float64] = table[list(self.axes)].to_numpy(np.float64)
-        return points
+        kept: Found = found if keep.all() else found.take(keep)
+        return kept
 
 
 def _copies(
     first: NDArray[np.float64], second: NDArray[np.float64], tol: float
-) -> Iterator[tuple[int, int]]:
-    """Yield pairs of points that are no farther apart than ``tol``, each point once."""
+) -> list[tuple[int, int]]:
+    """Return pairs of points that are no farther apart than ``tol``, each point at most once."""
     from scipy.spatial import cKDTree
 
+    pairs: list[tuple[int, int]] = []
     if not len(first) or not len(second):
-        return
+        return pairs
     found = cKDTree(first).sparse_distance_matrix(cKDTree(second), tol, output_type="ndarray")
-    taken: Mapping[int, set[int]] = {0: set(), 1: set()}
+    taken: set[int] = set()
+    others_taken: set[int] = set()
     for one, other, _ in found[np.lexsort((found["j"], found["i"], found["v"]))].tolist():
-        if one not in taken[0] and other not in taken[1]:
-            taken[0].add(one)
-            taken[1].add(other)
-            yield one, other
+        if one not in taken and other not in others_taken:
+            taken.add(one)
+            others_taken.add(other)
+            pairs.append((one, other))
+    return pairs
