@@ -16,6 +16,7 @@ from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_over
 from cellimg_dask.image.input import as_input
 from cellimg_dask.image.values import cell_values
+from cellimg_dask.ops.frames import frame_of
 from cellimg_dask.ops.overlaps import prune_overlapping
 from cellimg_dask.ops.point_table import Found, PointTable
 from cellimg_dask.ops.scale_space import (
@@ -205,8 +206,6 @@ def _blobs(
     columns: tuple[Any, Any],
     running: tuple[Any, Any],
 ) -> dd.DataFrame:
-    from cellimg_dask.ops.frames import frame_of
-
     if isinstance(overlap, bool) or not isinstance(overlap, Real):
         raise TypeError(f"overlap must be a number, got {overlap!r}")
     item = as_input(image)
@@ -328,7 +327,7 @@ class _FindPeaks:
         for scale, (response, highest) in enumerate(scales):
             lows.append(response.min())
             highs.append(response.max())
-            is_peak = response == highest
+            is_peak: Any = response == highest
             if self.threshold.absolute is not None:
                 is_peak &= response > self.threshold.absolute
             places = np.argwhere(is_peak)

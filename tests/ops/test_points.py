@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage import feature
 
 import cellimg_dask as ci
 from cellimg_dask.geometry import BOUNDARIES
+from cellimg_dask.ops.detect import blob_log
 from cellimg_dask.ops.frames import latest
 from cellimg_dask.ops.point_table import PointTable
 from cellimg_dask.ops.points import map_points
@@ -664,6 +666,20 @@ def test_latest_of_what_has_not_changed_is_the_same() -> None:
     assert latest(plain) is plain
 
 
+def test_images_that_are_defined_alike_change_apart() -> None:
+    image = np.zeros((6, 6))
+    below, twin = (ci.map_cells(np.negative, image, cell_shape=3) for _ in range(2))
+    first = map_points(np.argwhere, below)
+    second = map_points(np.argwhere, twin)
+    assert computed(first).empty
+    assert computed(second).empty
+    image[4, 4] = 1
+    twin.invalidate()
+    assert latest(first) is first
+    assert computed(latest(first)).empty
+    assert rows(computed(latest(second))) == rows([[4, 4]])
+
+
 # ---------------------------------------------------------------- elsewhere
 
 
@@ -728,6 +744,11 @@ def test_a_cluster(work: Any, client: Any, tmp_path: Path) -> None:
     written = frame.to_parquet(tmp_path / "points", compute=False)
     client.compute(written).result()
     assert rows(pd.read_parquet(tmp_path / "points")) == rows(expected)
+    spots = ndimage.gaussian_filter(image, 1.5)
+    options = {"min_sigma": 1, "max_sigma": 2, "num_sigma": 2, "threshold": 0.05}
+    found = client.compute(blob_log(spots, cell_shape=20, **options)).result()
+    assert rows(found) == rows(feature.blob_log(spots, **options))
+    assert len(found) > 5
     # Elsewhere nobody knows of changes.
     sent = client.submit(_why_not, frame).result()
     assert "another process" in sent
