@@ -186,7 +186,7 @@ def _integer_mean(a: NDArray[Any], window: Window, count: int) -> NDArray[Any]:
 
 def _sum_dtype(dtype: np.dtype[Any], count: int) -> np.dtype[Any] | None:
     """Return the smallest dtype for sums of ``count`` integers and for rounding them, or None."""
-    largest = (np.iinfo(dtype).max + 1) * count + count
+    largest = (np.iinfo(dtype).max + 1) * count - 1
     for size in (2, 4, 8):
         wide = np.dtype(f"{dtype.kind}{size}")
         if largest <= np.iinfo(wide).max:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, overload
@@ -249,11 +249,11 @@ def _steps(
 ) -> list[tuple[int, ...]]:
     """Return the factors of each level but the first, none above the length of its axis."""
     ndim = len(shape)
-    given = list(factors) if _is_several(factors) else [factors]  # type: ignore[arg-type]
+    given: Any = _listed(factors, "factors")
     per_level = None
-    if any(map(_is_several, given)):
+    if isinstance(given, list) and any(_is_several(item) for item in given):
         per_level = [
-            as_ints(item, f"factors[{level}]", ndim=ndim, minimum=1)  # type: ignore[arg-type]
+            as_ints(_listed(item, f"factors[{level}]"), f"factors[{level}]", ndim=ndim, minimum=1)
             for level, item in enumerate(given)
         ]
         if number not in (None, len(given) + 1):
@@ -263,7 +263,7 @@ def _steps(
             )
         number = len(given) + 1
     else:
-        same = as_ints(factors, "factors", ndim=ndim, minimum=1)  # type: ignore[arg-type]
+        same = as_ints(given, "factors", ndim=ndim, minimum=1)
     steps: list[tuple[int, ...]] = []
     while number is None or len(steps) < number - 1:
         wanted = same if per_level is None else per_level[len(steps)]
@@ -282,9 +282,17 @@ def _is_several(value: object) -> bool:
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
+def _listed(value: Any, what: str) -> Any:
+    """Return a sequence of values as a list, and a single value as it is."""
+    if isinstance(value, (Mapping, Set, str)):
+        raise TypeError(f"{what} must be a number, or numbers in the order of axes, got {value!r}")
+    return list(value) if _is_several(value) else value
+
+
 def _sizes(value: Any, ndim: int) -> tuple[float, ...]:
     """Return the voxel size along each axis."""
-    sizes = tuple(value) if _is_several(value) else (value,) * ndim
+    given = _listed(value, "voxel_size")
+    sizes = given if isinstance(given, list) else [given] * ndim
     for axis, size in enumerate(sizes):
         if not isinstance(size, Real) or isinstance(size, bool):
             raise TypeError(f"voxel_size[{axis}] must be a number, got {size!r}")

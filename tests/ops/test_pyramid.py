@@ -334,6 +334,7 @@ def test_factors_per_level() -> None:
     assert levels.physical_translations[3] == (6, 5.5, 2.75)
     same = pyramid(image, 4, factors=np.array([(1, 2, 2), (2, 2, 2), (2, 3, 3)]))
     assert same.scales == levels.scales
+    assert pyramid(image, 3, factors=iter((1, 2, 2))).scales[2] == (1, 4, 4)
 
 
 def test_a_factor_above_the_length_counts_as_the_length() -> None:
@@ -586,7 +587,10 @@ IMAGE = np.zeros((8, 9))
         ({"factors": (2, 2, 2)}, ValueError, "one value for each of 2 axes, got 3"),
         ({"factors": ()}, ValueError, "one value for each of 2 axes, got 0"),
         ({"factors": 1.5}, TypeError, "integer"),
-        ({"factors": "2"}, TypeError, "integer"),
+        ({"factors": "2"}, TypeError, "in the order of axes"),
+        ({"factors": {0: 2, 1: 2}}, TypeError, "in the order of axes"),
+        ({"factors": [{1, 2}]}, TypeError, r"factors\[0\] must be a number, or"),
+        ({"factors": [2, (2, 2), 1.0]}, TypeError, r"factors\[2\] must be an integer"),
         ({"factors": None}, TypeError, "integer"),
         ({"factors": [(2, 2), (2,)]}, ValueError, r"factors\[1\] must have one value for each"),
         ({"factors": [(2, 2), (2, 0)]}, ValueError, r"factors\[1\]\[1\] must be at least 1"),
@@ -596,6 +600,8 @@ IMAGE = np.zeros((8, 9))
         ({"voxel_size": float("nan")}, ValueError, "positive and finite"),
         ({"voxel_size": (1, 2, 3)}, ValueError, "one value for each of 2 axes, got 3"),
         ({"voxel_size": "1 um"}, TypeError, "must be a number"),
+        ({"voxel_size": (True, 1)}, TypeError, "must be a number"),
+        ({"voxel_size": {2, 1}}, TypeError, "in the order of axes"),
         ({"voxel_size": None}, TypeError, "must be a number"),
         ({"cell_shape": 0}, ValueError, "cell_shape"),
         ({"cell_shape": (2, 2, 2)}, ValueError, "one value for each of 2 axes"),
