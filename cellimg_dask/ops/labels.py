@@ -16,7 +16,7 @@ from cellimg_dask.blocks.functions import FillFunction, function_name
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of, make_image
-from cellimg_dask.image.input import Input, as_input
+from cellimg_dask.image.input import Input, as_input, inherited_halo
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.loading.node import ImageNode
 from cellimg_dask.ops.linking import Down, Joined, Linking
@@ -97,13 +97,14 @@ def map_labels(
         raise TypeError(f"f must be callable, got {type(f).__name__}; the function comes first")
     if not inputs:
         raise TypeError("map_labels needs at least one input")
-    blocks = block_labels(
-        f,
-        inputs,
-        halo,
+    check_boundary(boundary)
+    items, layout = _laid_out(inputs, cell_shape, halo)
+    blocks = _block_labels(
+        _Labelled(f, layout, boundary != "none"),
+        items,
+        layout,
         boundary=boundary,
         fill_value=fill_value,
-        cell_shape=cell_shape,
         params=params,
         cache=cache,
         queue=queue,
@@ -158,15 +159,9 @@ def label(
     item = as_input(mask)
     element = _structure(structure, len(item.shape))
     ndim = len(item.shape)
-    blocks = block_labels(
-        _components,
-        (item,),
-        Halo((0,) * ndim, (1,) * ndim),
-        cell_shape=cell_shape,
-        params={"structure": element},
-        cache=cache,
-        queue=queue,
-    )
+    items, layout = _laid_out((item,), cell_shape, Halo((0,) * ndim, (1,) * ndim))
+    f = _Components(element, layout)
+    blocks = _block_labels(f, items, layout, cache=cache, queue=queue)
     linking = Linking(blocks.layout, None, bool(consecutive), whole=True)
     return _stitched(as_input(blocks), linking, cache, queue)
 
@@ -280,47 +275,45 @@ class LabelImg(CellImg):
         return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
 
 
-def block_labels(
-    f: Callable[..., Any],
+def _laid_out(
     inputs: tuple[Any, ...],
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None,
     halo: HaloLike,
+) -> tuple[list[Input], SideBySide]:
+    items = [as_input(value) for value in inputs]
+    for number, item in enumerate(items):
+        if item.halo is not None:
+            raise ValueError(f"input {number} has a halo of its own; all have that of the blocks")
+    grid = grid_of(cell_shape, items)
+    return items, SideBySide(grid, Halo.of(halo, grid.ndim))
+
+
+def _block_labels(
+    f: _Labelled | _Components,
+    items: list[Input],
+    layout: SideBySide,
     *,
     boundary: str = "none",
     fill_value: Any = 0,
-    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
     params: Mapping[str, Any] | None = None,
     cache: CellCache | str | None = "shared",
     queue: BlockQueue | None = None,
     version: str | None = None,
 ) -> BlockLabels:
     """Return the labels of all blocks side by side; see `map_labels`."""
-    check_boundary(boundary)
-    items = [as_input(value) for value in inputs]
-    for number, item in enumerate(items):
-        if item.halo is not None:
-            raise ValueError(f"input {number} has a halo of its own; all have that of the blocks")
-    grid = grid_of(cell_shape, items)
-    layout = SideBySide(grid, Halo.of(halo, grid.ndim))
+    grid = layout.grid
     plans = []
     for number, item in enumerate(items):
         place: Callable[[Roi], Roi] = CellOfBlock(layout, item.shape)
-        skip = grid.ndim - len(item.shape)
-        inherited = layout.halo
-        if item.index_map is not None:
-            place = _Then(CellOfBlock(layout, grid.shape), item.index_map)
-            inherited = Halo.of(halo, len(item.shape))
+        if item.index_map is None:
+            inherited = inherited_halo(layout.halo, item.shape, grid.shape)
         else:
-            wide = [n == 1 != m for n, m in zip(item.shape, grid.shape[skip:], strict=True)]
-            inherited = Halo(
-                *(
-                    tuple(0 if one else n for one, n in zip(wide, side[skip:], strict=True))
-                    for side in (layout.halo.before, layout.halo.after)
-                )
-            )
+            place = _Then(CellOfBlock(layout, grid.shape), item.index_map)
+            inherited = Halo.of(layout.halo, len(item.shape))
         plan = item.plan(number, None, inherited, boundary, fill_value)
         plans.append(replace(plan, links=None, index_map=place))
     image = make_image(
-        FillFunction(_Labelled(f, layout, boundary != "none"), grid),
+        FillFunction(f, grid),
         layout.blocks,
         items,
         plans,
@@ -423,17 +416,6 @@ def _structure(structure: ArrayLike | None, ndim: int) -> NDArray[np.bool_]:
     return element
 
 
-def _components(mask: NDArray[Any], structure: NDArray[np.bool_]) -> NDArray[np.int32]:
-    from scipy.ndimage import label
-
-    labels: NDArray[np.int32] = np.empty(mask.shape, np.int32)
-    if mask.ndim:
-        label(mask, structure, output=labels)
-    else:
-        labels[...] = mask != 0
-    return labels
-
-
 @dataclass(frozen=True)
 class _Then:
     first: Callable[[Roi], Roi]
@@ -467,6 +449,26 @@ class _NodeOfCell:
             for low, size in zip(roi.start, self.grid.cell_shape, strict=True)
         )
         return Roi(start, tuple(low + 1 for low in start))
+
+
+@dataclass(frozen=True)
+class _Components:
+    """Labels the connected components of a block."""
+
+    structure: NDArray[np.bool_]
+    layout: SideBySide
+
+    __name__ = "label"
+
+    def __call__(self, block: Block) -> None:
+        from scipy.ndimage import label
+
+        (mask,) = block.inputs
+        if mask.ndim:
+            place = block.data[self.layout.inside(block.position)]
+            label(mask, self.structure, output=place)
+        else:
+            block.data[...] = mask != 0
 
 
 @dataclass(frozen=True)
