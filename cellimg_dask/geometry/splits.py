@@ -62,6 +62,11 @@ class AxisSplit:
         low, high = self.read(i)
         return low * self.scale // self.shrink, -(-high * self.scale // self.shrink)
 
+    def block_length(self, i: int) -> int:
+        """Return the length of block ``i`` once it is scaled."""
+        low, high = self.scaled(i)
+        return high - low
+
     def core(self, i: int) -> tuple[int, int]:
         """Return what belongs to block ``i`` alone, in voxels of the scaled axis."""
         low, high = i * self.size, min((i + 1) * self.size, self.extent)
@@ -120,8 +125,7 @@ class StackSplit:
 
     def block_shape(self, position: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of a scaled block."""
-        spans = [axis.scaled(i) for axis, i in zip(self.axes, position, strict=True)]
-        return tuple(high - low for low, high in spans)
+        return tuple(axis.block_length(i) for axis, i in zip(self.axes, position, strict=True))
 
     def core(self, position: Sequence[int]) -> tuple[slice, ...]:
         """Return the core of a block as slices of the scaled stack."""

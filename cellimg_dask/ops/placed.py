@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import prod
 from typing import Any, TypeAlias
@@ -28,8 +28,10 @@ class Placed:
     """Number of things along each axis; None where they come one by one in pairs."""
     items: Iterator[tuple[Position, Any]]
     """Positions and things; a grid's in C order. Can be gone through once."""
-    get: Callable[[Position], Any] | None
+    get: Callable[[Position], Any] | None = None
     """Looks up a thing; None where they come one by one in pairs."""
+    at_hand: Iterable[Any] = ()
+    """All things, where looking at them computes nothing."""
 
     @classmethod
     def of(cls, things: Any, what: str) -> Placed:
@@ -58,14 +60,19 @@ class Placed:
                     f"{things.dtype} and shape {things.shape}; fill one of "
                     f"numpy.empty(grid_shape, dtype=object), or give nested lists"
                 )
-            shape, get = things.shape, things.__getitem__
-            return cls(shape, ((place, get(place)) for place in _positions(shape)), get)
+            return cls._of_grid(things.shape, things.__getitem__, things.flat)
         if hasattr(things, "shape") or not isinstance(things, Iterable):
             raise TypeError(
                 f"{what} must be an object array, nested lists, a mapping from position to block, "
                 f"or an iterator of (position, block) pairs; got {type(things).__name__}"
             )
-        return cls(None, _pairs(things, what), None)
+        return cls(None, _pairs(things, what))
+
+    @classmethod
+    def _of_grid(
+        cls, shape: Position, get: Callable[[Position], Any], at_hand: Iterable[Any] = ()
+    ) -> Placed:
+        return cls(shape, ((place, get(place)) for place in _positions(shape)), get, at_hand)
 
     @classmethod
     def _of_mapping(cls, things: Mapping[Any, Any], what: str) -> Placed:
@@ -74,7 +81,7 @@ class Placed:
         if len(lengths) > 1:
             raise ValueError(f"{what} has positions of {sorted(lengths)} axes; one is expected")
         if not keys:
-            return cls(None, iter(()), None)
+            return cls(None, iter(()))
         shape = tuple(max(numbers) + 1 for numbers in zip(*keys, strict=True))
         if len(keys) != prod(shape):
             missing = next(place for place in _positions(shape) if place not in keys)
@@ -83,16 +90,22 @@ class Placed:
                 f"of a grid of {shape}"
             )
 
-        def get(place: Position) -> Any:
-            return things[keys[place]]
-
-        return cls(shape, ((place, get(place)) for place in _positions(shape)), get)
+        return cls._of_grid(shape, lambda place: things[keys[place]])
 
     def peeked(self) -> tuple[Placed, tuple[Position, Any] | None]:
         """Return the same, and its first item, if there is one."""
         first = next(self.items, None)
         rest = self.items if first is None else chain([first], self.items)
-        return Placed(self.grid_shape, iter(rest), self.get), first
+        return replace(self, items=iter(rest)), first
+
+    def with_known(self, place: Position, thing: Any) -> Placed:
+        """Return the same grid, of which one thing was looked up already."""
+        assert self.grid_shape is not None
+        assert self.get is not None
+        get = self.get
+        return Placed._of_grid(
+            self.grid_shape, lambda at: thing if at == place else get(at), self.at_hand
+        )
 
 
 def _positions(shape: Position) -> Iterator[Position]:

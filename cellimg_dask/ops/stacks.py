@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
-from typing import Any, SupportsIndex, TypeAlias
+from math import prod
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cellimg_dask.geometry import AxisSplit, Halo, HaloLike, StackSplit, as_ints, as_overlap
+from cellimg_dask.geometry import AxisSplit, HaloLike, StackSplit, as_ints, as_overlap
 from cellimg_dask.ops.placed import Placed, Position
 
 __all__ = ["merge_stack", "split_stack", "stack_shape"]
@@ -62,7 +64,7 @@ def split_stack(
     [[0, 0], [4, 0], [8, 0]]
     """
     extents = as_ints(shape, "shape", minimum=0)
-    split = _split(extents, max_pixels, overlap, side)
+    split = _Cut(max_pixels, overlap, side).split(extents)
     reads = [[axis.read(i) for i in range(axis.num_blocks)] for axis in split.axes]
     parts = [[slice(low, high) for low, high in spans] for spans in reads]
     slices = _object_array(split.grid_shape, product(*parts))
@@ -113,8 +115,8 @@ def stack_shape(
         raise TypeError(
             "the shape cannot be known from blocks that come one by one; give a grid of them"
         )
-    split, trailing, _ = _split_of_grid(placed, max_pixels, overlap, side, scale, shrink)
-    return split.shape + trailing
+    _, split, trailing = _layout_of_grid(placed, _Cut(max_pixels, overlap, side, scale, shrink))
+    return split.shape + (trailing or ())
 
 
 def merge_stack(
@@ -192,7 +194,7 @@ def merge_stack(
     >>> pairs = [(0, 1), (0, 1)]  # the overlap of 1 behind each block
     >>> with ci.BlockQueue(2) as queue:
     ...     lazy = ci.map_cells(np.negative, image, cell_shape=(2, 3), halo=pairs, queue=queue)
-    ...     np.array_equal(lazy, -image)
+    ...     np.array_equal(lazy[...], -image)
     True
 
     Blocks twice as large as what they read, of which the core comes first here:
@@ -207,79 +209,247 @@ def merge_stack(
     ...     lazy = ci.fill_cells(
     ...         enlarge, ci.CellGrid((8, 10), (4, 6)), source, dtype=int, queue=queue
     ...     )
-    ...     np.array_equal(lazy, image.repeat(2, axis=0).repeat(2, axis=1))
+    ...     np.array_equal(lazy[...], image.repeat(2, axis=0).repeat(2, axis=1))
     True
     """
     placed = Placed.of(blocks, "blocks")
-    last: tuple[Position, Any] | None = None
-    first: tuple[Position, Any] | None = None
-    trailing: tuple[int, ...] | None = None
-    if shape is not None:
-        extents = as_ints(shape, "shape", minimum=0)
-        split = _split(extents, max_pixels, overlap, side, scale, shrink)
-    elif placed.grid_shape is not None:
-        split, trailing, last = _split_of_grid(placed, max_pixels, overlap, side, scale, shrink)
-    else:
-        placed, first = placed.peeked()
-        if out is None or first is None:
-            raise ValueError(
-                "the shape of the stack is not known: there are no blocks, or they come one by "
-                "one; give the shape that was split, shape=…"
-            )
-        split = _split_of_out(out, len(first[0]), max_pixels, overlap, side, scale, shrink)
-    if placed.grid_shape not in (None, split.grid_shape):
-        raise ValueError(
-            f"blocks has a grid of {placed.grid_shape}, expected {split.grid_shape} for a stack "
-            f"cut as given"
-        )
-    for number, axis in enumerate(split.axes):
-        axis.check_phase(number)
-
+    cut = _Cut(max_pixels, overlap, side, scale, shrink)
+    placed, split, trailing = _layout(placed, cut, shape, out)
     kind = None if dtype is None else np.dtype(dtype)
     if out is not None:
-        if dtype is not None:
+        if kind is not None:
             raise TypeError("dtype is for a new array; out has its own")
-        if not hasattr(out, "shape") or not hasattr(out, "__setitem__"):
-            raise TypeError(f"out must have shape and __setitem__, got {type(out).__name__}")
-        _check_out(out, split, trailing)
-        kind = _dtype_of(out)
-    elif kind is None and placed.get is not None:
-        kind = _common_dtype(placed, split, last)
+        kind = _checked_out(out, split, trailing)
+    elif kind is None:
+        kind = _common_dtype(placed)
     merged = out
     seen = np.zeros(split.grid_shape, bool)
     for place, given in placed.items:
-        # The last block of a grid was looked at already, which may have been costly.
-        block = last[1] if last is not None and place == last[0] else _resolved(given)
         _check_place(place, split, seen)
-        block_shape = _shape_of(block, place)
+        block = _resolved(given, place)
         if trailing is None:
-            trailing = block_shape[len(split.axes) :]
-        expected = split.block_shape(place) + trailing
-        if block_shape != expected:
-            raise ValueError(
-                f"the block at {place} has shape {block_shape}, expected {expected}"
-                f"{_how(split)}"
-            )
-        core = np.asarray(block[(*split.crop(place), ...)])
+            trailing = block.shape[len(place) :]
+        _check_block(block, place, split, trailing)
+        whole = tuple(slice(0, n) for n in trailing)
+        core = np.asarray(block[split.crop(place) + whole])
         if merged is None:
             kind = kind or core.dtype.newbyteorder("=")
             merged = np.empty(split.shape + trailing, kind)
-        if kind is not None and core.dtype != kind and not np.can_cast(core.dtype, kind, "safe"):
+        if kind is not None and not np.can_cast(core.dtype, kind, "safe"):
             raise ValueError(
                 f"the block at {place} has dtype {core.dtype}, which "
-                f"{'out of ' if out is not None else ''}{kind} cannot hold"
-                f"{'' if out is not None else '; give dtype=…'}"
+                + (
+                    f"out of {kind} cannot hold"
+                    if out is not None
+                    else f"{kind} cannot; give dtype="
+                )
             )
-        merged[(*split.core(place), *[slice(None)] * len(trailing))] = core
+        merged[split.core(place) + whole] = core
         seen[place] = True
     if not seen.all():
         missing = tuple(int(i) for i in np.argwhere(~seen)[0])
         raise ValueError(
-            f"the block at {missing} is missing: {seen.sum()} of {seen.size} blocks of a grid of "
-            f"{split.grid_shape} came"
+            f"the block at {missing} is missing: {int(seen.sum())} of {seen.size} came, for a grid "
+            f"of {split.grid_shape}"
         )
     if merged is None:
         if kind is None:
-            raise ValueError("the stack is empty, and no block says what dtype it has; give dtype=")
+            raise ValueError("the stack is empty and no block says its dtype; give dtype=")
         merged = np.empty(split.shape + (trailing or ()), kind)
     return merged
+
+
+class _Cut(NamedTuple):
+    """How a stack was split and its blocks scaled, as the user says it."""
+
+    max_pixels: PerAxis
+    overlap: HaloLike | None
+    side: str
+    scale: PerAxis = 1
+    shrink: PerAxis = 1
+
+    def axes(self, ndim: int) -> list[AxisSplit]:
+        """Return the axes of a stack, all of extent 0."""
+        sizes = as_ints(self.max_pixels, "max_pixels", ndim=ndim, minimum=1)
+        halo = as_overlap(self.overlap, ndim, self.side)
+        scales = as_ints(self.scale, "scale", ndim=ndim, minimum=1)
+        steps = as_ints(self.shrink, "shrink", ndim=ndim, minimum=1)
+        for axis, (scale, step) in enumerate(zip(scales, steps, strict=True)):
+            if scale > 1 and step > 1:
+                raise ValueError(
+                    f"scale[{axis}] = {scale} and shrink[{axis}] = {step}: an axis is either "
+                    f"enlarged or shrunk"
+                )
+        rows = zip(sizes, halo.before, halo.after, scales, steps, strict=True)
+        return [AxisSplit(0, *row) for row in rows]
+
+    def split(self, extents: Sequence[int]) -> StackSplit:
+        """Return how a stack of these extents is cut."""
+        axes = zip(self.axes(len(extents)), extents, strict=True)
+        split = StackSplit(tuple(replace(axis, extent=n) for axis, n in axes))
+        for number, axis in enumerate(split.axes):
+            axis.check_phase(number)
+        return split
+
+
+def _layout(
+    placed: Placed, cut: _Cut, shape: Iterable[SupportsIndex] | None, out: Any
+) -> tuple[Placed, StackSplit, tuple[int, ...] | None]:
+    """Return blocks to go through, how the stack is cut, and the axes behind if known."""
+    if shape is not None:
+        split = cut.split(as_ints(shape, "shape", minimum=0))
+        grid_shape = placed.grid_shape
+        # Lists cannot say how many blocks there are behind an axis of none.
+        any_blocks = prod(split.grid_shape) or prod(grid_shape or (0,))
+        if any_blocks and grid_shape not in (None, split.grid_shape):
+            raise ValueError(
+                f"blocks has a grid of {grid_shape}, expected {split.grid_shape} for a stack of "
+                f"{tuple(axis.extent for axis in split.axes)}"
+            )
+        return placed, split, None
+    if placed.grid_shape is not None:
+        return _layout_of_grid(placed, cut)
+    placed, first = placed.peeked()
+    if out is None or first is None:
+        raise ValueError(
+            "the shape of the stack is not known, since there are no blocks or they come one by "
+            "one; give the shape that was split: shape=…"
+        )
+    ndim = len(first[0])
+    if len(out.shape) < ndim:
+        raise ValueError(f"out has {len(out.shape)} axes, the blocks' positions have {ndim}")
+    extents = []
+    for number, (axis, length) in enumerate(zip(cut.axes(ndim), out.shape[:ndim], strict=True)):
+        if length % axis.scale:
+            raise ValueError(
+                f"out has {length} voxels along axis {number}, which is no multiple of "
+                f"scale[{number}] = {axis.scale}"
+            )
+        if axis.shrink > 1 and axis.size % axis.shrink:
+            raise ValueError(
+                f"the shape of the stack is not known from out, since max_pixels[{number}] = "
+                f"{axis.size} is no multiple of shrink[{number}] = {axis.shrink}; give shape=…"
+            )
+        extents.append(length // axis.scale * axis.shrink)
+    return placed, cut.split(extents), None
+
+
+def _layout_of_grid(placed: Placed, cut: _Cut) -> tuple[Placed, StackSplit, tuple[int, ...] | None]:
+    """Find out from the last block how a stack is cut: no other one says it for sure."""
+    assert placed.grid_shape is not None
+    if not prod(placed.grid_shape):
+        raise ValueError(
+            f"the shape of the stack is not known from a grid of {placed.grid_shape}, which has no "
+            f"blocks; give the shape that was split: shape=…"
+        )
+    ndim = len(placed.grid_shape)
+    last = tuple(count - 1 for count in placed.grid_shape)
+    assert placed.get is not None
+    block = _resolved(placed.get(last), last)
+    if len(block.shape) < ndim:
+        raise ValueError(
+            f"the block at {last} has shape {block.shape}, expected at least {ndim} axes as the "
+            f"grid has"
+        )
+    extents = []
+    for number, (axis, position, length) in enumerate(
+        zip(cut.axes(ndim), last, block.shape[:ndim], strict=True)
+    ):
+        # Blocks in front may be clipped as well, so that just the last one's end is the stack's.
+        start, _ = replace(axis, extent=(position + 1) * axis.size).read(position)
+        extent = start + -(-length * axis.shrink // axis.scale)
+        nominal = (position + 1) * axis.size
+        extent = min(extent, nominal) if axis.shrink > 1 else extent
+        found = replace(axis, extent=extent)
+        found.check_phase(number)
+        if not position * axis.size < extent <= nominal or found.block_length(position) != length:
+            low, high = (
+                replace(axis, extent=n).block_length(position)
+                for n in (position * axis.size + 1, nominal)
+            )
+            raise ValueError(
+                f"the block at {last}, the last one, has {length} voxels along axis {number}, "
+                f"expected {low} to {high}"
+                + (f" in steps of {axis.scale}" if axis.scale > 1 else "")
+                + _ADVICE
+            )
+        extents.append(extent)
+    # It may have been costly, so it is not made again.
+    return placed.with_known(last, block), cut.split(extents), block.shape[ndim:]
+
+
+_ADVICE = "; max_pixels, overlap, side, scale and shrink must be those of the split"
+
+
+def _resolved(given: Any, place: Position) -> Any:
+    """Return a block as something with a shape, computing or awaiting it if need be."""
+    if not isinstance(getattr(given, "shape", None), tuple):
+        # A value of dask.delayed has any attribute, a future of dask or Python has a result.
+        for name in ("compute", "result"):
+            if callable(getattr(type(given), name, None)):
+                given = getattr(given, name)()
+                break
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError(
+            f"the block at {place} is a masked array, whose mask would be lost; "
+            f"give block.filled(value)"
+        )
+    if given is None or isinstance(given, (str, bytes)):
+        raise TypeError(f"the block at {place} is {given!r}, expected an array")
+    if not isinstance(getattr(given, "shape", None), tuple):
+        given = np.asarray(given)
+    return given
+
+
+def _check_place(place: Position, split: StackSplit, seen: NDArray[np.bool_]) -> None:
+    if len(place) != len(split.axes):
+        raise ValueError(f"position {place} of a block has {len(place)} axes, not {seen.ndim}")
+    if any(i >= n for i, n in zip(place, split.grid_shape, strict=True)):
+        raise ValueError(f"position {place} of a block lies outside the grid {split.grid_shape}")
+    if seen[place]:
+        raise ValueError(f"the block at {place} came twice")
+
+
+def _check_block(block: Any, place: Position, split: StackSplit, trailing: tuple[int, ...]) -> None:
+    expected = split.block_shape(place) + trailing
+    if tuple(block.shape) != expected:
+        hint = (
+            "; numpy.array(list, dtype=object) makes arrays of one shape into an array of their "
+            "numbers: give the list itself"
+            if not block.shape and expected
+            else _ADVICE
+        )
+        raise ValueError(
+            f"the block at {place} has shape {tuple(block.shape)}, expected {expected}{hint}"
+        )
+
+
+def _checked_out(
+    out: Any, split: StackSplit, trailing: tuple[int, ...] | None
+) -> np.dtype[Any] | None:
+    """Return the dtype of ``out``, if it has one, once its shape is known to be right."""
+    shape = tuple(int(n) for n in out.shape)
+    expected = split.shape + (shape[len(split.axes) :] if trailing is None else trailing)
+    if shape != expected:
+        raise ValueError(f"out has shape {shape}, expected {expected}")
+    return _dtype_of(out)
+
+
+def _dtype_of(array: Any) -> np.dtype[Any] | None:
+    # tensorstore's own dtypes know their NumPy counterpart.
+    dtype = getattr(array, "dtype", None)
+    dtype = getattr(dtype, "numpy_dtype", dtype)
+    return dtype if isinstance(dtype, np.dtype) else None
+
+
+def _common_dtype(placed: Placed) -> np.dtype[Any] | None:
+    """Return a dtype for all blocks of which it is known without computing one."""
+    dtypes = {dtype for dtype in map(_dtype_of, placed.at_hand) if dtype is not None}
+    return np.result_type(*dtypes).newbyteorder("=") if dtypes else None
+
+
+def _object_array(shape: tuple[int, ...], entries: Iterable[Any]) -> NDArray[np.object_]:
+    array = np.empty(prod(shape), dtype=object)
+    for number, entry in enumerate(entries):
+        array[number] = entry
+    return array.reshape(shape)
