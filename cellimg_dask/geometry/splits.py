@@ -88,14 +88,16 @@ class AxisSplit:
             f"shrink what was merged"
         )
         for i in range(self.num_blocks):
-            low, high = self.read(i)
+            low, _ = self.read(i)
             if low % step:
                 raise ValueError(
                     f"shrink[{axis}] = {step}, but block {i} begins at voxel {low} of axis {axis}, "
                     f"so its voxels are not those of the whole{advice}"
                 )
-            needed = self.core(i)[1] * step
-            if high < min(needed, self.extent):
+        for i in range(self.num_blocks):
+            _, high = self.read(i)
+            needed = min(self.core(i)[1] * step, self.extent)
+            if high < needed:
                 raise ValueError(
                     f"shrink[{axis}] = {step}, but block {i} ends at voxel {high} of axis {axis} "
                     f"and its last voxel is made of those up to {needed}{advice}"

@@ -240,14 +240,16 @@ def deepest(
         Distance along each axis, above 0.
     """
     depth = depths(coords, positions, grid, tol)
-    # What lies deep outside the core is in that of another block, which looked there as well.
+    # What lies deep outside the core is in that of another block, which looked there as well. It
+    # still tells that its block saw that object, and so that another one nearby is not the same.
     keep = depth > -1
-    (near,) = np.nonzero(keep & (depth < 2))
+    (near,) = np.nonzero((depth > -3) & (depth < 4))
     if not near.size:
         return keep
     from scipy.spatial import cKDTree
 
-    pairs = cKDTree(coords[near] / tol).query_pairs(1.0, output_type="ndarray")
+    # Two that are just ``tol`` apart are within it, however that is rounded.
+    pairs = cKDTree(coords[near] / tol).query_pairs(1 + 1e-9, output_type="ndarray")
     pairs = near[pairs]
     block = positions @ np.array(grid.strides, np.int64)
     pairs = pairs[block[pairs[:, 0]] != block[pairs[:, 1]]]
@@ -267,7 +269,7 @@ def deepest(
                 group_of[member] = one
     for member, group in group_of.items():
         best = max(group.values(), key=lambda row: (depth[row], own[row], -row))
-        keep[member] = member == best
+        keep[member] &= member == best
     return keep
 
 

@@ -212,6 +212,8 @@ def merge_stack(
     ...     np.array_equal(lazy[...], image.repeat(2, axis=0).repeat(2, axis=1))
     True
     """
+    if out is not None and not (hasattr(out, "shape") and hasattr(out, "__setitem__")):
+        raise TypeError(f"out must have shape and __setitem__, got {type(out).__name__}")
     placed = Placed.of(blocks, "blocks")
     cut = _Cut(max_pixels, overlap, side, scale, shrink)
     placed, split, trailing = _layout(placed, cut, shape, out)
@@ -219,7 +221,7 @@ def merge_stack(
     if out is not None:
         if kind is not None:
             raise TypeError("dtype is for a new array; out has its own")
-        kind = _checked_out(out, split, trailing)
+        kind, trailing = _checked_out(out, split, trailing)
     elif kind is None:
         kind = _common_dtype(placed)
     merged = out
@@ -236,13 +238,9 @@ def merge_stack(
             kind = kind or core.dtype.newbyteorder("=")
             merged = np.empty(split.shape + trailing, kind)
         if kind is not None and not np.can_cast(core.dtype, kind, "safe"):
+            way_out = "; give dtype=…" if out is None else ""
             raise ValueError(
-                f"the block at {place} has dtype {core.dtype}, which "
-                + (
-                    f"out of {kind} cannot hold"
-                    if out is not None
-                    else f"{kind} cannot; give dtype="
-                )
+                f"the block at {place} has dtype {core.dtype}, which {kind} cannot hold{way_out}"
             )
         merged[split.core(place) + whole] = core
         seen[place] = True
@@ -348,8 +346,8 @@ def _layout_of_grid(placed: Placed, cut: _Cut) -> tuple[Placed, StackSplit, tupl
     block = _resolved(placed.get(last), last)
     if len(block.shape) < ndim:
         raise ValueError(
-            f"the block at {last} has shape {block.shape}, expected at least {ndim} axes as the "
-            f"grid has"
+            f"the block at {last} has shape {tuple(block.shape)}, expected at least {ndim} axes as "
+            f"the grid has{_ONE_ARRAY if not block.shape else ''}"
         )
     extents = []
     for number, (axis, position, length) in enumerate(
@@ -379,6 +377,10 @@ def _layout_of_grid(placed: Placed, cut: _Cut) -> tuple[Placed, StackSplit, tupl
 
 
 _ADVICE = "; max_pixels, overlap, side, scale and shrink must be those of the split"
+_ONE_ARRAY = (
+    "; numpy.array(list, dtype=object) makes arrays of one shape into an array of their numbers: "
+    "give the list itself"
+)
 
 
 def _resolved(given: Any, place: Position) -> Any:
@@ -413,26 +415,22 @@ def _check_place(place: Position, split: StackSplit, seen: NDArray[np.bool_]) ->
 def _check_block(block: Any, place: Position, split: StackSplit, trailing: tuple[int, ...]) -> None:
     expected = split.block_shape(place) + trailing
     if tuple(block.shape) != expected:
-        hint = (
-            "; numpy.array(list, dtype=object) makes arrays of one shape into an array of their "
-            "numbers: give the list itself"
-            if not block.shape and expected
-            else _ADVICE
-        )
         raise ValueError(
-            f"the block at {place} has shape {tuple(block.shape)}, expected {expected}{hint}"
+            f"the block at {place} has shape {tuple(block.shape)}, expected {expected}"
+            f"{_ADVICE if block.shape else _ONE_ARRAY}"
         )
 
 
 def _checked_out(
     out: Any, split: StackSplit, trailing: tuple[int, ...] | None
-) -> np.dtype[Any] | None:
-    """Return the dtype of ``out``, if it has one, once its shape is known to be right."""
+) -> tuple[np.dtype[Any] | None, tuple[int, ...]]:
+    """Return the dtype of ``out``, if it has one, and its axes behind, once its shape is right."""
     shape = tuple(int(n) for n in out.shape)
-    expected = split.shape + (shape[len(split.axes) :] if trailing is None else trailing)
-    if shape != expected:
-        raise ValueError(f"out has shape {shape}, expected {expected}")
-    return _dtype_of(out)
+    if trailing is None:
+        trailing = shape[len(split.axes) :]
+    if shape != split.shape + trailing:
+        raise ValueError(f"out has shape {shape}, expected {split.shape + trailing}")
+    return _dtype_of(out), trailing
 
 
 def _dtype_of(array: Any) -> np.dtype[Any] | None:
