@@ -235,7 +235,7 @@ def merge_stack(
         whole = tuple(slice(0, n) for n in trailing)
         core = np.asarray(block[split.crop(place) + whole])
         if merged is None:
-            kind = kind or core.dtype.newbyteorder("=")
+            kind = core.dtype.newbyteorder("=") if kind is None else kind
             merged = np.empty(split.shape + trailing, kind)
         if kind is not None and not np.can_cast(core.dtype, kind, "safe"):
             way_out = "; give dtype=…" if out is None else ""
