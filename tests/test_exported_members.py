@@ -28,9 +28,11 @@ PUBLIC = [
     "Halo",
     "InitError",
     "Input",
+    "LabelImg",
     "NoContentError",
     "NoWorkersError",
     "QueueClosedError",
+    "Pyramid",
     "ReadError",
     "Request",
     "ResultError",
@@ -45,10 +47,14 @@ PUBLIC = [
     "fill_cells",
     "get_cache",
     "get_worker",
+    "label",
     "map_cells",
+    "map_labels",
+    "pyramid",
     "run",
     "set_cache",
     "stats",
+    "stitch",
 ]
 
 

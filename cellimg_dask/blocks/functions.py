@@ -20,12 +20,14 @@ from cellimg_dask.blocks.errors import (
     describe,
 )
 from cellimg_dask.blocks.plan import CellPlan
+from cellimg_dask.geometry import CellGrid, Roi
 
 __all__ = [
     "ArrayFunction",
     "BlockCode",
     "BlockFunction",
     "FillFunction",
+    "ValueFunction",
     "current_worker",
     "function_name",
     "working_as",
@@ -80,6 +82,7 @@ def _call(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    roi: Roi | None = None,
 ) -> Any:
     """Run user code; whatever it raises becomes a `BlockError` that names the cell."""
     try:
@@ -88,7 +91,7 @@ def _call(
         # A failure of an image that the function itself reads, or of its init, named already.
         raise
     except (Exception, SystemExit) as error:
-        raise BlockError(name, plan.position, plan.roi, describe(error)) from error
+        raise BlockError(name, plan.position, roi or plan.roi, describe(error)) from error
 
 
 class ArrayFunction:
@@ -166,12 +169,16 @@ class ArrayFunction:
 
 
 class FillFunction:
-    """A function of a `Block` that writes into ``block.data`` and returns nothing."""
+    """A function of a `Block` that writes into ``block.data`` and returns nothing.
+
+    With a ``grid`` messages name the cells of that one, which stand for those of the image.
+    """
 
     fresh = True
 
-    def __init__(self, function: Callable[[Block], None]) -> None:
+    def __init__(self, function: Callable[[Block], None], grid: CellGrid | None = None) -> None:
         self.function = function
+        self.grid = grid
         self.name = function_name(function)
 
     def apply(
@@ -188,12 +195,14 @@ class FillFunction:
             out = np.zeros(plan.shape, dtype)
         else:
             out[...] = np.zeros((), dtype)
-        result = _call(plan, self.name, self.function, (Block(plan, out, inputs, params),), {})
+        roi = plan.roi if self.grid is None else self.grid.roi(plan.position)
+        block = Block(plan, out, inputs, params)
+        result = _call(plan, self.name, self.function, (block,), {}, roi)
         if result is not None:
             raise ResultError(
                 self.name,
                 plan.position,
-                plan.roi,
+                roi,
                 f"returned {type(result).__name__}, expected None: a fill function writes into "
                 f"block.data; a function that returns an array belongs in map_cells",
             )
@@ -201,7 +210,48 @@ class FillFunction:
 
     def bound(self, bind: Callable[[Any], Any]) -> FillFunction:
         """Return the same with another function; see `BlockFunction.bound`."""
-        return FillFunction(bind(self.function))
+        return FillFunction(_bound(self.function, bind), self.grid)
+
+
+class ValueFunction:
+    """A function of a `Block` that returns any object, the value of the block.
+
+    The image has one voxel, and the plan one cell, for each block of ``grid``.
+    """
+
+    fresh = True
+
+    def __init__(self, function: Callable[[Block], Any], grid: CellGrid) -> None:
+        self.function = function
+        self.grid = grid
+        """Blocks in voxels of what is read, for messages."""
+        self.name = function_name(function)
+
+    def apply(
+        self,
+        plan: CellPlan,
+        inputs: tuple[NDArray[Any], ...],
+        params: Mapping[str, Any],
+        dtype: np.dtype[Any],
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Call ``function(block)``; see `BlockFunction.apply`."""
+        if out is None:
+            out = np.empty(plan.shape, dtype)
+        block = Block(plan, out, inputs, params)
+        roi = self.grid.roi(plan.position)
+        out[(0,) * out.ndim] = _call(plan, self.name, self.function, (block,), {}, roi)
+        return out
+
+    def bound(self, bind: Callable[[Any], Any]) -> ValueFunction:
+        """Return the same with another function; see `BlockFunction.bound`."""
+        return ValueFunction(_bound(self.function, bind), self.grid)
+
+
+def _bound(function: Any, bind: Callable[[Any], Any]) -> Any:
+    """Bind a function; what only wraps the user's has a method ``bound`` of its own."""
+    inner = getattr(function, "bound", None)
+    return bind(function) if inner is None else inner(bind)
 
 
 class BlockCode:

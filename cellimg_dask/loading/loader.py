@@ -38,6 +38,7 @@ from cellimg_dask.loading.readers import (
 from cellimg_dask.loading.running import Queue
 from cellimg_dask.loading.source import MemoryReader, StoredReader
 from cellimg_dask.state.cache import CellCache, OutdatedError, Shelf
+from cellimg_dask.state.disk import DiskCells
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
 from cellimg_dask.state.history import History
 
@@ -141,6 +142,7 @@ class CellLoader:
     def _begin(self) -> None:
         self.token: str | None = None
         """Dask's name, once it was made."""
+        self._shared: list[CellLoader] | None = None
         self._aside: Shelf | None = None
         self._aside_lock = threading.Lock()
 
@@ -209,6 +211,11 @@ class CellLoader:
         if self.queue is None or self.queue.blocks is None:
             return get_crew()
         return self.queue.blocks.crew
+
+    @property
+    def _disk(self) -> DiskCells | None:
+        # Nothing is pickled there, so that nothing has to be unpickled.
+        return None if self.dtype.hasobject else self.shelf.cache.disk
 
     @cached_property
     def lasting(self) -> Lasting:
@@ -292,6 +299,7 @@ class CellLoader:
             if not missing:
                 return
             count, parts = len(missing), iter(missing)
+        self.prepare()
         keep = 2 * out.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
         if self._cells is not None:
             places = {index: (source, target) for index, source, target in parts}
@@ -313,6 +321,20 @@ class CellLoader:
 
         self.crew().run(parts, through_cache if keep else past_cache, count)
 
+    def prepare(self) -> None:
+        """Compute what all cells need, before several threads wait for one that computes it.
+
+        These are values of whole images upstream, such as the root of a tree of tables.
+        """
+        if self._shared is None:
+            self._shared = [
+                image
+                for image in self.ancestry()
+                if image.dtype.hasobject and image.grid.num_cells == 1 and image is not self
+            ]
+        for image in self._shared:
+            image.load(0)
+
     def gather(self, indices: Iterable[int]) -> list[NDArray[Any] | None]:
         """Return those cells of this edition that are in memory, None for the others."""
         wanted = list(indices)
@@ -332,7 +354,7 @@ class CellLoader:
     ) -> Generator[tuple[int, NDArray[Any]], None, None]:
         """Yield cells that are computed elsewhere, as they come; with ``keep`` from the cache."""
         assert self._cells is not None
-        disk = self.shelf.cache.disk
+        disk = self._disk
         keys: dict[int, str | None] = {}
         missing = []
         for index in indices:
@@ -432,7 +454,7 @@ class CellLoader:
 
         With a disk behind the cache it may be found there instead.
         """
-        disk = self.shelf.cache.disk
+        disk = self._disk
         if disk is None or readers is not None:
             return self._compute_owned(index, self.readers if readers is None else readers)
         compute = partial(self._compute_owned, readers=self.readers)
@@ -443,7 +465,7 @@ class CellLoader:
 
         It may be a view of an input, or a buffer that the function will use again.
         """
-        if self.shelf.cache.disk is not None or not self._runs_here:
+        if self._disk is not None or not self._runs_here:
             return self.compute_owned(index)
         result = self._compute(self.plan(index), self.readers, None)
         return np.asarray(result, self.dtype)
@@ -500,7 +522,7 @@ class CellLoader:
         began = perf_counter()
         try:
             with inside(flight):
-                if self.shelf.cache.disk is not None:
+                if self._disk is not None:
                     target[...] = self.compute_owned(index)[source]
                 elif target.shape == plan.shape:
                     self._compute(plan, self.readers, target)

@@ -14,6 +14,9 @@ import time
 import traceback
 from io import FileIO, TextIOWrapper
 from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+from numpy.typing import NDArray
 
 from cellimg_dask.blocks.errors import CellimgError, InitError, describe
 from cellimg_dask.blocks.worker import BlockJob, Worker
@@ -87,6 +90,18 @@ def _pack(error: BaseException) -> tuple[bytes, str]:
         return pickle.dumps(CellimgError(describe(error))), text
 
 
+def _pack_value(value: NDArray[Any], name: str) -> bytes:
+    import cloudpickle
+
+    try:
+        packed: bytes = cloudpickle.dumps(value)
+    except Exception as error:
+        raise CellimgError(
+            f"what {name} returned cannot be sent from a process: {describe(error)}"
+        ) from error
+    return packed
+
+
 class _Server:
     """What can be asked of a worker."""
 
@@ -115,18 +130,32 @@ class _Server:
         for number in numbers:
             self._jobs.pop(number, None)
 
-    def do_block(self, number: int, index: int, slot: int, layout: Layout) -> None:
-        """Compute a cell from the inputs in a slot into the output there."""
+    def do_block(
+        self, number: int, index: int, slot: int, layout: Layout, objects: bytes | None
+    ) -> bytes | None:
+        """Compute a cell from the inputs in a slot into the output there.
+
+        Inputs of Python objects are given, and a result of such is returned, pickled.
+        """
         assert self._worker is not None
         job = self._jobs[number]
-        memory = self._segment(slot, layout.name)
-        *inputs, out = layout.arrays(memory.buf)
+        arrays = layout.arrays(self._segment(slot, layout.name).buf)
+        out = None if job.dtype.hasobject else arrays.pop()
+        given: dict[int, NDArray[Any]] = {} if objects is None else pickle.loads(objects)
+        shared = iter(arrays)
+        inputs = tuple(
+            given[number] if number in given else next(shared)
+            for number in range(len(arrays) + len(given))
+        )
         for array in inputs:
             array.flags.writeable = False
         plan = job.planner.plan(index)
-        result = self._worker.apply(job, plan, tuple(inputs), out)
+        result = self._worker.apply(job, plan, inputs, out)
+        if out is None:
+            return _pack_value(result, job.function.name)
         if result is not out:
             out[...] = result
+        return None
 
     def _segment(self, slot: int, name: str) -> SharedMemory:
         known = self._segments.get(slot)

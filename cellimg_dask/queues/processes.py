@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import count
 from typing import Any
 
+import cloudpickle
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.errors import (
@@ -20,6 +21,7 @@ from cellimg_dask.blocks.errors import (
     QueueClosedError,
     ReadError,
     WorkerDiedError,
+    describe,
 )
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init
@@ -58,8 +60,6 @@ class ProcessBlocks:
     copies = True
 
     def __init__(self, num_workers: int, init: Init) -> None:
-        import cloudpickle
-
         try:
             packed = cloudpickle.dumps(init)
         except Exception as error:
@@ -107,15 +107,6 @@ class ProcessBlocks:
             result = self._here.worker(self._init).apply(job, plan, inputs, out)
             return result if result is out else result.astype(job.dtype, copy=True)
         number = self._jobs.number(job)
-        for given, array in enumerate(inputs):
-            if array.dtype.hasobject:
-                raise ReadError(
-                    job.function.name,
-                    plan.position,
-                    plan.roi,
-                    f"input {given} has dtype {array.dtype}, and Python objects do not travel by "
-                    f"shared memory: give a dtype of fixed size, or use a queue of threads",
-                )
         slots = self._urgent_slots if priority.get() <= INTERACTIVE else self._slots
         with slots.lend() as slot:
             try:
@@ -139,16 +130,24 @@ class ProcessBlocks:
         plan: CellPlan,
         inputs: tuple[NDArray[Any], ...],
     ) -> NDArray[Any]:
-        """Have a worker compute a cell; return it as a view of the slot."""
-        wanted = [(array.shape, array.dtype) for array in inputs]
-        layout, (*places, result) = slot.lay_out([*wanted, (plan.shape, job.dtype)])
-        for place, array in zip(places, inputs, strict=True):
+        """Have a worker compute a cell; return it as a view of the slot.
+
+        Python objects have no place in shared memory, and travel with the messages.
+        """
+        given = {n: array for n, array in enumerate(inputs) if array.dtype.hasobject}
+        others = [array for array in inputs if not array.dtype.hasobject]
+        wanted = [(array.shape, array.dtype) for array in others]
+        if not job.dtype.hasobject:
+            wanted.append((plan.shape, job.dtype))
+        layout, places = slot.lay_out(wanted)
+        for place, array in zip(places, others, strict=False):
             place[...] = array
+        objects = _packed_inputs(job, plan, given) if given else None
         with self._pool.lend() as worker:
             try:
                 worker.ensure()
                 worker.teach(job, number)
-                worker.ask("block", number, plan.index, slot.number, layout)
+                reply = worker.ask("block", number, plan.index, slot.number, layout, objects)
             except (_DiedError, InitError) as error:
                 if self._pool.closed:
                     raise QueueClosedError("the queue was closed during this block") from None
@@ -161,6 +160,7 @@ class ProcessBlocks:
                     f"the worker process died ({error}) while it computed this cell; other "
                     f"cells are not affected, and the next block gets a new worker",
                 ) from None
+        result: NDArray[Any] = places[-1] if reply is None else pickle.loads(reply)
         return result
 
     def close(self, wait_s: float | None) -> bool:
@@ -226,8 +226,6 @@ class _Jobs:
 
     def packed(self, job: BlockJob, number: int) -> bytes:
         """Return a job as bytes."""
-        import cloudpickle
-
         found = self._packed.get(number)
         if found is None:
             try:
@@ -386,6 +384,20 @@ class _WorkerProcess:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _packed_inputs(job: BlockJob, plan: CellPlan, given: dict[int, NDArray[Any]]) -> bytes:
+    try:
+        packed: bytes = cloudpickle.dumps(given)
+    except Exception as error:
+        raise ReadError(
+            job.function.name,
+            plan.position,
+            plan.roi,
+            f"the objects of input {', '.join(map(str, given))} cannot be sent to a process: "
+            f"{describe(error)}; use a queue of threads",
+        ) from error
+    return packed
 
 
 def _python() -> list[str]:

@@ -25,6 +25,7 @@ from cellimg_dask.blocks.functions import current_worker
 from cellimg_dask.geometry import as_int
 from cellimg_dask.state.disk import DiskCells
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
+from cellimg_dask.state.sizes import num_bytes
 
 __all__ = ["CacheStats", "CellCache", "OutdatedError", "Shelf", "get_cache", "own", "set_cache"]
 
@@ -67,9 +68,9 @@ class _Entry:
         self.shelf: Shelf | None = shelf  # None once the entry has left the cache
         self.index = index
         self.value = value
-        self.nbytes = value.nbytes
+        self.nbytes = num_bytes(value) if value.dtype.hasobject else value.nbytes
         self.seconds = seconds
-        self.rate = shelf.rate_of(seconds, value.nbytes)
+        self.rate = shelf.rate_of(seconds, self.nbytes)
         self.priority = 0.0
         self.used = 0
 

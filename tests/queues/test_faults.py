@@ -379,13 +379,27 @@ def test_what_a_block_forks_does_not_answer(make_queue: Make, in_time: Any) -> N
 
 
 @PROCESSES
-def test_python_objects_do_not_travel_by_shared_memory(make_queue: Make) -> None:
+def test_python_objects_travel_beside_shared_memory(make_queue: Make) -> None:
     objects = np.array([1, "two", None, 4.0], dtype=object)
     image = ci.map_cells(
-        lambda a: np.zeros(a.shape), objects, dtype=float, cell_shape=2, queue=make_queue()
+        lambda a: np.array([len(str(item)) for item in a]),
+        objects,
+        dtype=int,
+        cell_shape=2,
+        queue=make_queue(),
     )
-    with pytest.raises(ci.ReadError, match="input 0 has dtype object"):
-        image[...]
+    np.testing.assert_array_equal(image[...], [1, 3, 4, 3])
+
+
+@PROCESSES
+def test_objects_that_cannot_travel_are_an_error(make_queue: Make) -> None:
+    objects = np.array([1, threading.Lock()], dtype=object)
+    image = ci.map_cells(
+        lambda a: np.zeros(a.shape), objects, dtype=float, cell_shape=1, queue=make_queue()
+    )
+    assert image[0] == 0
+    with pytest.raises(ci.ReadError, match="lock"):
+        image[1]
 
 
 @PROCESSES
