@@ -19,7 +19,7 @@ def merge_blobs(blob_blocks: Any, offsets: ArrayLike | None = None) -> NDArray[A
 
     Parameters
     ----------
-    blob_blocks : object array, nested lists, mapping, or iterator of pairs
+    blob_blocks : object array, nested lists, mapping, iterator of pairs, or CellImg of `map_stack`
         For each block of a grid, as in `merge_stack`, an array of shape ``(blobs, columns)`` whose
         first columns are coordinates in axis order, or None for no blobs.
     offsets : int array of shape ``grid_shape + (ndim,)``, optional

@@ -11,10 +11,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cellimg_dask.geometry import as_int, as_ints
+from cellimg_dask.image.cellimg import CellImg
 
 __all__ = ["Placed", "Position"]
 
 Position: TypeAlias = tuple[int, ...]
+
+_AT_A_TIME = 32
+"""Values of an image that are asked for together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class Placed:
 
         Parameters
         ----------
-        things : object array, nested lists, mapping, or iterator of pairs
+        things : object array, nested lists, mapping, iterator of pairs, or image of values
             A mapping is from position to thing; pairs are (position, thing), in any order.
         what : str
             Name of the argument, for messages.
@@ -53,6 +57,8 @@ class Placed:
             return cls._of_mapping(things, what)
         if isinstance(things, (list, tuple)):
             things = _as_object_array(things, what)
+        if isinstance(things, CellImg) and things.dtype == object:
+            return cls._of_image(things)
         if isinstance(things, np.ndarray):
             if things.dtype != object:
                 raise TypeError(
@@ -72,7 +78,35 @@ class Placed:
     def _of_grid(
         cls, shape: Position, get: Callable[[Position], Any], at_hand: Iterable[Any] = ()
     ) -> Placed:
-        return cls(shape, ((place, get(place)) for place in _positions(shape)), get, at_hand)
+        known: dict[Position, Any] = {}
+
+        def look_up(place: Position) -> Any:
+            # It may be costly, so it is not made again for whoever goes through all.
+            known[place] = get(place)
+            return known[place]
+
+        items = (
+            (place, known.pop(place) if place in known else get(place))
+            for place in _positions(shape)
+        )
+        return cls(shape, items, look_up, at_hand)
+
+    @classmethod
+    def _of_image(cls, image: CellImg) -> Placed:
+        shape = image.shape
+
+        def items() -> Iterator[tuple[Position, Any]]:
+            if not shape:
+                yield (), image[()]
+                return
+            # Some at a time, which several workers may compute.
+            step = max(1, _AT_A_TIME // max(1, prod(shape[1:])))
+            for start in range(0, shape[0], step):
+                part = image[start : min(start + step, shape[0])]
+                for place in _positions(part.shape):
+                    yield (start + place[0], *place[1:]), part[place]
+
+        return cls(shape, items(), image.__getitem__)
 
     @classmethod
     def _of_mapping(cls, things: Mapping[Any, Any], what: str) -> Placed:
@@ -89,7 +123,6 @@ class Placed:
                 f"{what} lacks position {missing}: it has {len(keys)} of {prod(shape)} positions "
                 f"of a grid of {shape}"
             )
-
         return cls._of_grid(shape, lambda place: things[keys[place]])
 
     def peeked(self) -> tuple[Placed, tuple[Position, Any] | None]:
@@ -97,15 +130,6 @@ class Placed:
         first = next(self.items, None)
         rest = self.items if first is None else chain([first], self.items)
         return replace(self, items=iter(rest)), first
-
-    def with_known(self, place: Position, thing: Any) -> Placed:
-        """Return the same grid, of which one thing was looked up already."""
-        assert self.grid_shape is not None
-        assert self.get is not None
-        get = self.get
-        return Placed._of_grid(
-            self.grid_shape, lambda at: thing if at == place else get(at), self.at_hand
-        )
 
 
 def _positions(shape: Position) -> Iterator[Position]:

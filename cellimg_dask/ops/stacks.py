@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias
@@ -11,10 +11,25 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cellimg_dask.geometry import AxisSplit, HaloLike, StackSplit, as_ints, as_overlap
+from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.functions import function_name
+from cellimg_dask.geometry import (
+    AxisSplit,
+    CellGrid,
+    Halo,
+    HaloLike,
+    StackSplit,
+    as_ints,
+    as_overlap,
+)
+from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.image.input import as_input
+from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.placed import Placed, Position
+from cellimg_dask.queues.block_queue import BlockQueue
+from cellimg_dask.state.cache import CellCache
 
-__all__ = ["merge_stack", "split_stack", "stack_shape"]
+__all__ = ["map_stack", "merge_stack", "split_stack", "stack_shape"]
 
 PerAxis: TypeAlias = SupportsIndex | Iterable[SupportsIndex]
 
@@ -77,6 +92,105 @@ def split_stack(
     return slices, offsets
 
 
+def map_stack(
+    f: Callable[..., Any],
+    *arrays: Any,
+    max_pixels: PerAxis,
+    overlap: HaloLike | None = None,
+    side: str = "after",
+    params: Mapping[str, Any] | None = None,
+    cache: CellCache | str | None = "shared",
+    queue: BlockQueue | None = None,
+    version: str | None = None,
+) -> CellImg:
+    """Return lazily what ``f`` makes of each block of `split_stack`: arrays, tables, any object.
+
+    It is given to `merge_stack` or `merge_blobs`, which ask for some blocks at a time. Where
+    ``f`` gives an array of the block's size, or of one that is smaller by a factor, `map_cells`
+    with ``cell_shape=max_pixels`` and the overlap as (before, after) pairs of its halo reads the
+    same blocks, and gives the merged image itself.
+
+    Parameters
+    ----------
+    f : callable
+        Called as ``f(*blocks, **params)`` with one read-only array per input, from several
+        threads at once.
+    *arrays : array-like or Input
+        As in `map_cells`, shapes equal or broadcast as in NumPy.
+    max_pixels, overlap, side
+        As in `split_stack`, for all axes of the arrays.
+    params, cache, queue, version
+        As in `map_cells`.
+
+    Returns
+    -------
+    CellImg
+        Of dtype object and the shape of the grid of blocks; ``image[...]`` computes all of them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong.
+
+    Examples
+    --------
+    Blocks are enlarged in two worker threads:
+
+    >>> import numpy as np
+    >>> import cellimg_dask as ci
+    >>> image = np.arange(10)
+    >>> with ci.BlockQueue(2) as queue:
+    ...     blocks = map_stack(
+    ...         np.repeat, image, max_pixels=4, overlap=1, params={"repeats": 2}, queue=queue
+    ...     )
+    ...     merged = merge_stack(blocks, 4, overlap=1, scale=2)
+    >>> blocks.shape, np.array_equal(merged, image.repeat(2))
+    ((3,), True)
+    """
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}; the function comes first")
+    if not arrays:
+        raise TypeError("map_stack needs at least one array")
+    items = [as_input(value) for value in arrays]
+    shape = np.broadcast_shapes(*(item.shape for item in items if item.index_map is None))
+    split = _Cut(max_pixels, overlap, side).split(shape)
+    grid = CellGrid(shape, tuple(axis.size for axis in split.axes))
+    halo = Halo(tuple(axis.before for axis in split.axes), tuple(axis.after for axis in split.axes))
+    return cell_values(
+        _OfBlock(f),
+        grid,
+        *items,
+        halo=halo,
+        params=params,
+        cache=cache,
+        queue=queue,
+        version=version,
+    )
+
+
+@dataclass(frozen=True)
+class _OfBlock:
+    """Calls the user's function with the arrays of a block."""
+
+    function: Callable[..., Any]
+
+    @property
+    def __name__(self) -> str:
+        return function_name(self.function)
+
+    def bound(self, bind: Callable[[Any], Any]) -> _OfBlock:
+        return _OfBlock(bind(self.function))
+
+    def __call__(self, block: Block) -> Any:
+        result = self.function(*block.inputs, **block.params)
+        if isinstance(result, np.ndarray):
+            # The input's memory is used again, or changes when the input does.
+            shared = any(np.may_share_memory(result, array) for array in block.inputs)
+            result = result.copy() if shared else result.view()
+            result.flags.writeable = False
+        return result
+
+
 def stack_shape(
     blocks: Any,
     max_pixels: PerAxis,
@@ -90,7 +204,7 @@ def stack_shape(
 
     Parameters
     ----------
-    blocks : object array, nested lists or mapping
+    blocks : object array, nested lists, mapping, or CellImg of `map_stack`
         See `merge_stack`.
     max_pixels, overlap, side
         As the stack was split.
@@ -138,7 +252,7 @@ def merge_stack(
 
     Parameters
     ----------
-    blocks : object array, nested lists, mapping, or iterator of pairs
+    blocks : object array, nested lists, mapping, iterator of pairs, or CellImg of `map_stack`
         Arrays in a grid as `split_stack` gives it; or from positions to arrays; or (position,
         array) pairs in any order, for instance
         ``zip(numpy.ndindex(slices.shape), pool.map(f, slices.flat))``. An array is anything with
@@ -172,12 +286,10 @@ def merge_stack(
         dtype that the result cannot hold; its position is named. ``out`` then holds what was
         merged before.
 
-    Notes
-    -----
-    On the workers of a `BlockQueue`, `map_cells` is split, computed and merged in one: with
-    ``cell_shape=max_pixels`` and a halo of (before, after) pairs each call reads just the block
-    that `split_stack` describes, and the image is what `merge_stack` would give, lazily.
-    `map_cells` shrinks too; an `Input` with an ``index_map`` serves for blocks that are enlarged.
+    See Also
+    --------
+    map_stack : Blocks that are computed by the workers of a `BlockQueue`.
+    map_cells : Split, compute and merge in one, lazily, where blocks keep their size or shrink.
 
     Examples
     --------
@@ -186,30 +298,6 @@ def merge_stack(
     >>> slices, _ = split_stack(image.shape, (2, 3), overlap=1)
     >>> blocks = [[np.negative(image[s]) for s in row] for row in slices]
     >>> np.array_equal(merge_stack(blocks, (2, 3), overlap=1), -image)
-    True
-
-    The same in two worker threads:
-
-    >>> import cellimg_dask as ci
-    >>> pairs = [(0, 1), (0, 1)]  # the overlap of 1 behind each block
-    >>> with ci.BlockQueue(2) as queue:
-    ...     lazy = ci.map_cells(np.negative, image, cell_shape=(2, 3), halo=pairs, queue=queue)
-    ...     np.array_equal(lazy[...], -image)
-    True
-
-    Blocks twice as large as what they read, of which the core comes first here:
-
-    >>> def enlarge(block):
-    ...     large = block.inputs[0].repeat(2, axis=0).repeat(2, axis=1)
-    ...     block.data[...] = large[: block.shape[0], : block.shape[1]]
-    >>> def half(roi):
-    ...     return ci.Roi([n // 2 for n in roi.start], [n // 2 for n in roi.stop])
-    >>> source = ci.Input(image, halo=pairs, index_map=half)
-    >>> with ci.BlockQueue(2) as queue:
-    ...     lazy = ci.fill_cells(
-    ...         enlarge, ci.CellGrid((8, 10), (4, 6)), source, dtype=int, queue=queue
-    ...     )
-    ...     np.array_equal(lazy[...], image.repeat(2, axis=0).repeat(2, axis=1))
     True
     """
     if out is not None and not (hasattr(out, "shape") and hasattr(out, "__setitem__")):
@@ -372,8 +460,7 @@ def _layout_of_grid(placed: Placed, cut: _Cut) -> tuple[Placed, StackSplit, tupl
                 + _ADVICE
             )
         extents.append(extent)
-    # It may have been costly, so it is not made again.
-    return placed.with_known(last, block), cut.split(extents), block.shape[ndim:]
+    return placed, cut.split(extents), block.shape[ndim:]
 
 
 _ADVICE = "; max_pixels, overlap, side, scale and shrink must be those of the split"

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 import cellimg_dask as ci
-from cellimg_dask.ops.stacks import merge_stack, split_stack, stack_shape
+from cellimg_dask.ops.blobs import merge_blobs, prune_blobs
+from cellimg_dask.ops.stacks import map_stack, merge_stack, split_stack, stack_shape
 
 DTYPES = ["bool", "u1", ">u2", "<i4", "f4", ">f8", "c8", "S3", "M8[s]"]
 MAX_EXTENT = {0: 0, 1: 40, 2: 13, 3: 8, 4: 5, 5: 4}
@@ -601,32 +602,73 @@ def test_blocks_of_a_queue_are_those_of_the_split(
     def from_largest(block: NDArray[Any]) -> NDArray[Any]:
         return block.max() - block
 
-    slices, _ = split_stack(image.shape, (6, 4), pairs)
+    slices, offsets = split_stack(image.shape, (6, 4), pairs)
     blocks = [[from_largest(image[where]) for where in row] for row in slices]
     large = [[np.kron(block, np.ones((2, 2), "i4")) for block in row] for row in blocks]
     where = request.getfixturevalue("client") if backend == "distributed" else backend
 
-    def enlarge(block: ci.Block) -> None:
-        values = np.kron(from_largest(block.inputs[0]), np.ones((2, 2), "i4"))
-        first = 2 * min(2, block.min[0] // 2)
-        block.data[...] = values[first : first + block.shape[0], : block.shape[1]]
+    def enlarge(block: NDArray[Any]) -> NDArray[Any]:
+        return np.kron(from_largest(block), np.ones((2, 2), "i4"))
 
-    def half(roi: ci.Roi) -> ci.Roi:
-        return ci.Roi([n // 2 for n in roi.start], [n // 2 for n in roi.stop])
+    def find(block: NDArray[Any], factor: int) -> NDArray[Any]:
+        return np.argwhere(block % factor == 0)
 
-    with ci.BlockQueue(2, backend=where) as queue:
+    with ci.BlockQueue(2, init="factor_of_init = 3", backend=where) as queue:
         lazy = ci.map_cells(
             from_largest, image, cell_shape=(6, 4), halo=pairs, dtype="i4", queue=queue
         )
         assert_same(lazy, merge_stack(blocks, (6, 4), pairs))
-        twice = ci.fill_cells(
-            enlarge,
-            ci.CellGrid((40, 30), (12, 8)),
-            ci.Input(image, halo=pairs, index_map=half),
-            dtype="i4",
-            queue=queue,
-        )
-        assert_same(twice, merge_stack(large, (6, 4), pairs, scale=2))
+        cut: dict[str, Any] = {"max_pixels": (6, 4), "overlap": pairs}
+        merged = merge_stack(map_stack(enlarge, image, queue=queue, **cut), scale=2, **cut)
+        assert_same(merged, merge_stack(large, (6, 4), pairs, scale=2))
+        tables = map_stack(find, image, params={"factor": 7}, queue=queue, **cut)
+        found = prune_blobs(merge_blobs(tables, offsets), image.shape, (6, 4))
+        assert sorted(found[:, :2].tolist()) == np.argwhere(image % 7 == 0).tolist()
+        named = map_stack(lambda block: factor_of_init, image, queue=queue, **cut)  # noqa: F821
+        assert set(named[...].flat) == {3}
+
+
+def test_blocks_of_a_stack_are_made_when_they_are_asked_for_and_keep_no_input() -> None:
+    image = make_image((70, 3), "i4")
+    calls: list[tuple[int, ...]] = []
+
+    def same(block: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
+        calls.append(block.shape)
+        assert block.shape == other.shape
+        return block
+
+    blocks = map_stack(same, image, -image, max_pixels=(2, 3), overlap=(3, 0))
+    assert blocks.shape == (35, 1)
+    assert not calls
+    before = image.copy()
+    assert_same(merge_stack(blocks, (2, 3), (3, 0)), before)
+    assert len(calls) == 35
+    assert calls.count((5, 3)) == 33
+    image[...] = 0
+    assert_same(merge_stack(blocks, (2, 3), (3, 0)), before)
+    out = np.zeros_like(before)
+    merge_stack(map_stack(np.negative, before, max_pixels=9), 9, out=out)
+    assert_same(out, -before)
+    assert_same(merge_stack(map_stack(np.negative, np.array(3), max_pixels=1), 1), np.array(-3))
+    empty = map_stack(np.negative, np.zeros((0, 3), "u1"), max_pixels=2)
+    assert empty.shape == (0, 2)
+    assert merge_stack(empty, 2, shape=(0, 3), dtype="u1").shape == (0, 3)
+
+
+def test_a_block_that_fails_is_named() -> None:
+    def fragile(block: NDArray[Any]) -> NDArray[Any]:
+        return block if block[0] == 0 else block / 0
+
+    with np.errstate(divide="raise"):
+        blocks = map_stack(fragile, np.arange(9), max_pixels=4)
+        with pytest.raises(ci.BlockError, match=r"fragile at cell \([12],\) .*FloatingPointError"):
+            merge_stack(blocks, 4)
+    for call, says in [
+        (lambda: map_stack(np.zeros(3), np.negative, max_pixels=2), "f must be callable"),
+        (lambda: map_stack(np.negative, max_pixels=2), "at least one array"),
+    ]:
+        with pytest.raises(TypeError, match=says):
+            call()
 
 
 def test_blocks_of_a_pool_are_merged_as_they_come() -> None:
