@@ -326,14 +326,30 @@ class CellLoader:
 
         These are values of whole images upstream, such as the root of a tree of tables.
         """
+        for image in self._needed_by_all():
+            image.load(0)
+
+    def parts_to_prepare(self) -> CellLoader | None:
+        """Return an image whose cells several threads can compute to the same end, if need be."""
+        missing = [image for image in self._needed_by_all() if image.peek(0) is None]
+        upstream = {
+            above.grid.num_cells: above
+            for image in missing
+            for above in image.ancestry()
+            if above.dtype.hasobject and above.grid.num_cells > 1
+        }
+        # The largest pieces of which there are enough: what is made from them need not be kept.
+        enough = [count for count in upstream if count >= 8 * self.crew().num_threads]
+        return upstream[min(enough) if enough else max(upstream)] if upstream else None
+
+    def _needed_by_all(self) -> list[CellLoader]:
         if self._shared is None:
             self._shared = [
                 image
                 for image in self.ancestry()
                 if image.dtype.hasobject and image.grid.num_cells == 1 and image is not self
             ]
-        for image in self._shared:
-            image.load(0)
+        return self._shared
 
     def gather(self, indices: Iterable[int]) -> list[NDArray[Any] | None]:
         """Return those cells of this edition that are in memory, None for the others."""

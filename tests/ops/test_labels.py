@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 import cellimg_dask as ci
+from cellimg_dask.loading.crew import usable_cores
 
 
 def same_objects(found: NDArray[Any], expected: NDArray[Any]) -> bool:
@@ -228,3 +229,24 @@ def test_dask_gives_what_the_image_gives() -> None:
     labels = ci.label(mask, cell_shape=7)
     (found,) = dask.compute(labels)
     np.testing.assert_array_equal(found, labels[...])
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="one core")
+@pytest.mark.parametrize("how", ["read", "request", "dask"])
+def test_blocks_are_labelled_by_several_threads_at_once(how: str) -> None:
+    both = threading.Barrier(2)
+
+    def segment(a: NDArray[Any]) -> NDArray[Any]:
+        # Nobody gets on alone.
+        both.wait(60)
+        return np.asarray(ndimage.label(a)[0])
+
+    labels = ci.map_labels(
+        segment, mask_of((16, 16)), halo=1, cell_shape=4, cache=ci.CellCache(1 << 24)
+    )
+    if how == "read":
+        labels[...]
+    elif how == "request":
+        labels.request().result(60)
+    else:
+        labels.to_dask().compute(scheduler="threads", num_workers=2)
