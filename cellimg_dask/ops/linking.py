@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from math import prod
 from operator import add, mul, sub
 from typing import Any, TypeAlias
@@ -39,10 +39,8 @@ class Bands:
 
     num_labels: int
     """The largest label."""
-    low: tuple[NDArray[Any], ...]
-    """Per axis the labels of the voxels that it shares with the block before."""
-    high: tuple[NDArray[Any], ...]
-    """Per axis the labels of the voxels that it shares with the block behind."""
+    ends: Sequence[tuple[NDArray[Any], NDArray[Any]]]
+    """Per axis the labels of the voxels that it shares with the block before, and that behind."""
     in_core: NDArray[np.bool_] | None
     """Per label whether it has voxels in the cell itself; None: it does not matter."""
     is_cut: NDArray[np.bool_] | None
@@ -51,7 +49,7 @@ class Bands:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = [*self.low, *self.high, self.in_core, self.is_cut]
+        arrays = [*chain.from_iterable(self.ends), self.in_core, self.is_cut]
         return sum(array.nbytes for array in arrays if array is not None)
 
 
@@ -152,16 +150,15 @@ class Linking:
                 f"its voxels: number the objects of each block from 1"
             )
         dtype = np.uint16 if count < 1 << 16 else np.uint32
-        low, high = [], []
+        ends = []
         for axis, width in enumerate(layout.widths):
             before: list[slice] = [slice(None)] * labels.ndim
             behind = list(before)
             before[axis] = slice(0, width)
             behind[axis] = slice(labels.shape[axis] - width, None)
-            low.append(labels[tuple(before)].astype(dtype))
-            high.append(labels[tuple(behind)].astype(dtype))
+            ends.append((labels[tuple(before)].astype(dtype), labels[tuple(behind)].astype(dtype)))
         if self.whole:
-            return Bands(count, tuple(low), tuple(high), None, None)
+            return Bands(count, ends, None, None)
         in_core = _present(labels[layout.core(position)], count)
         is_cut = np.zeros(count + 1, np.bool_)
         grown = layout.grid.roi(position).grow(layout.halo)
@@ -170,7 +167,12 @@ class Linking:
                 is_cut[labels.take(part.start, axis)] = True
             if grown.stop[axis] < layout.grid.shape[axis]:
                 is_cut[labels.take(part.stop - 1, axis)] = True
-        return Bands(count, tuple(low), tuple(high), in_core, is_cut & in_core)
+        if self.threshold is not None:
+            # A part of an instance that only the halo has may be taken for one with its neighbour,
+            # and would join these two for everybody.
+            own = np.where(in_core, np.arange(count + 1, dtype=dtype), dtype(0))
+            ends = [(own[low], own[high]) for low, high in ends]
+        return Bands(count, ends, in_core, is_cut & in_core)
 
     def join_blocks(self, bands: NDArray[np.object_], near: Roi, group: Roi) -> Joined:
         """Join what is linked in a group of neighbouring blocks.
@@ -194,8 +196,8 @@ class Linking:
                     continue
                 other = bands[_minus(beside, near.start)]
                 mine, its = shared_labels(
-                    (own.high if step.is_high else own.low)[step.axis][step.mine],
-                    (other.low if step.is_high else other.high)[step.axis][step.its],
+                    own.ends[step.axis][step.is_high][step.mine],
+                    other.ends[step.axis][not step.is_high][step.its],
                     self.threshold,
                 )
                 if mine.size:
