@@ -30,7 +30,7 @@ from cellimg_dask.loading.readers import Reader, make_reader
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache
 
-__all__ = ["fill_cells", "grid_over", "make_image", "map_cells"]
+__all__ = ["fill_cells", "grid_of", "make_image", "map_cells"]
 
 _DEFAULT_VOXELS_LOG2 = 20
 
@@ -130,7 +130,7 @@ def map_cells(
             "map_cells takes its shape from the inputs that have no index_map, and every input "
             "has one; use fill_cells with a grid"
         )
-    whole = _broadcast(plain)
+    whole = _common_shape(plain)
     dropped = _axes(drop_axis, len(whole), "drop_axis")
     factors = as_ints(shrink, "shrink", ndim=len(whole), minimum=1)
     for axis in dropped:
@@ -323,39 +323,6 @@ def make_image(
         return CellImg(ImageNode(loader, inputs))
 
 
-def grid_over(items: Sequence[Input], cell_shape: Any) -> CellGrid:
-    """Return the grid over the image that inputs have in common.
-
-    Parameters
-    ----------
-    items : sequence of Input
-        The shape is that to which NumPy broadcasts those that have no ``index_map``.
-    cell_shape : int, ints or None
-        None: as in `map_cells`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the shapes do not fit together, or there are none.
-    """
-    plain = [item for item in items if item.index_map is None]
-    whole = _broadcast(plain)
-    axes, ones = range(len(whole)), (1,) * len(whole)
-    return CellGrid(whole, _cell_shape(cell_shape, whole, axes, ones, whole, plain))
-
-
-def _broadcast(plain: Sequence[Input]) -> tuple[int, ...]:
-    """Return the shape that inputs have in common."""
-    try:
-        return np.broadcast_shapes(*(item.shape for item in plain))
-    except ValueError:
-        raise ValueError(
-            f"inputs of shapes {', '.join(str(item.shape) for item in plain)} do not fit "
-            f"together as NumPy broadcasts; if one relates to the image in another way say how: "
-            f"Input(array, index_map=lambda roi: …)"
-        ) from None
-
-
 def _axes(value: Any, ndim: int, what: str) -> tuple[int, ...]:
     """Return axes, negative ones counted from the end, sorted."""
     numbers = (
@@ -417,6 +384,35 @@ def _cell_shape(
         max(1, shape[axis]) if source is None else size
         for axis, (source, size) in enumerate(zip(from_axis, cells, strict=True))
     )
+
+
+def grid_of(
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None, items: Sequence[Input]
+) -> CellGrid:
+    """Return the grid of an image that has the shape of its inputs; see `map_cells`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the cell shape is wrong, the inputs do not broadcast, or all have an ``index_map``.
+    """
+    plain = [item for item in items if item.index_map is None]
+    if not plain:
+        raise ValueError("the shape comes from the inputs without index_map, and there is none")
+    whole = _common_shape(plain)
+    axes = range(len(whole))
+    return CellGrid(whole, _cell_shape(cell_shape, whole, axes, (1,) * len(whole), whole, plain))
+
+
+def _common_shape(items: Sequence[Input]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(*(item.shape for item in items))
+    except ValueError:
+        raise ValueError(
+            f"inputs of shapes {', '.join(str(item.shape) for item in items)} do not fit "
+            f"together as NumPy broadcasts; if one relates to the image in another way say how: "
+            f"Input(array, index_map=lambda roi: …)"
+        ) from None
 
 
 def _native_cells(item: Input, whole: tuple[int, ...]) -> tuple[int, ...] | None:

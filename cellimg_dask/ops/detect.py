@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.geometry import CellGrid, Roi, as_int, as_ints
 from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.image.define import grid_over
+from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import as_input
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.frames import frame_of
@@ -25,6 +25,7 @@ from cellimg_dask.ops.scale_space import (
     ScaleSpace,
     kernel_radius,
 )
+from cellimg_dask.ops.trees import fan
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     import dask.dataframe as dd
 
 __all__ = ["blob_dog", "blob_log"]
-
-_TABLES_AT_ONCE = 64
 
 
 def blob_log(
@@ -214,7 +213,7 @@ def _blobs(
             "the image of a blob detector has the halo and the boundary that the detector needs, "
             "and no index_map; give the array"
         )
-    grid = grid_over([item], cell_shape)
+    grid = grid_of(cell_shape, [item])
     ndim, (cache, queue), (axes, voxel_size) = grid.ndim, running, columns
     plain = PointTable.of(ndim, axes, None, voxel_size)
     names = [f"sigma-{suffix}" for suffix in plain.suffixes] if per_axis else ["sigma"]
@@ -243,9 +242,8 @@ def _as_tree(
 
     ``others`` have one voxel, and are given with the first step.
     """
-    fan_in = max(2, round(_TABLES_AT_ONCE ** (1 / max(values.ndim, 1))))
     while True:
-        grid = CellGrid(values.shape, (fan_in,) * values.ndim)
+        grid = CellGrid(values.shape, (fan(values.ndim),) * values.ndim)
         values = cell_values(combine, grid, values, *others, cache=cache)
         others = ()
         if values.size == 1:

@@ -13,7 +13,7 @@ from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
 from cellimg_dask.blocks.functions import BlockCode, function_name
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
-from cellimg_dask.image.define import grid_over
+from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import Input, as_input
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.frames import frame_of
@@ -135,7 +135,7 @@ def map_points(
     if not inputs:
         raise TypeError("map_points needs at least one input")
     items = [as_input(value) for value in inputs]
-    grid = grid_over(items, cell_shape)
+    grid = grid_of(cell_shape, items)
     first, main = items[0], Halo.of(halo, grid.ndim)
     if first.index_map is not None or first.shape != grid.shape:
         raise ValueError(
