@@ -20,7 +20,7 @@ from cellimg_dask.ops.frames import frame_of
 from cellimg_dask.ops.point_table import Found, PointTable
 from cellimg_dask.ops.seams import Seams, depths
 from cellimg_dask.queues.block_queue import BlockQueue
-from cellimg_dask.state.cache import CellCache
+from cellimg_dask.state.cache import CellCache, get_cache
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -162,7 +162,8 @@ def map_points(
         boundary=boundary,
         fill_value=fill_value,
         params=params,
-        cache=cache,
+        # Neighbours read what a cell has found.
+        cache=get_cache() if cache is None and tol is not None else cache,
         queue=queue,
         version=version,
     )

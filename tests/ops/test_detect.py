@@ -279,6 +279,22 @@ def test_an_edit_finds_again_only_near_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert again == rows(feature.blob_log(np.asarray(source), **options))
 
 
+def test_nothing_is_found_twice_where_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cellimg_dask.ops import scale_space
+
+    calls = []
+    responses = scale_space.DifferenceOfGaussians.responses
+
+    def counted(self: Any, image: NDArray[Any]) -> Any:
+        calls.append(image.shape)
+        return responses(self, image)
+
+    monkeypatch.setattr(scale_space.DifferenceOfGaussians, "responses", counted)
+    frame = blob_dog(cells()[:100, :100], max_sigma=2, cell_shape=25, cache=None)
+    frame.compute(scheduler="sync")
+    assert len(calls) == 16
+
+
 def test_lazy_images_and_queues_are_taken() -> None:
     image = cells()[100:200, 100:220]
     options = {"min_sigma": 2, "max_sigma": 3, "num_sigma": 2, "threshold": 0.02}

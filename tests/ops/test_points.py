@@ -607,6 +607,14 @@ def test_a_grid_of_a_million_cells_is_built_and_looked_into_at_once() -> None:
     assert rows(computed(part)) == rows([[55, 55, 55]])
 
 
+def test_neighbours_do_not_compute_a_cell_again_where_nothing_is_kept() -> None:
+    counted = Counted()
+    image = np.arange(225).reshape(15, 15)
+    frame = map_points(counted, image, halo=1, merge=("seam", 1), cell_shape=5, cache=None)
+    computed(frame)
+    assert len(counted.calls) == 9
+
+
 def test_the_table_may_be_written_into() -> None:
     image = np.eye(4)
     frame = map_points(np.argwhere, image, cell_shape=4)
