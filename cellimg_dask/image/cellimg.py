@@ -29,7 +29,7 @@ from cellimg_dask.state.cache import CacheStats, memory_bytes
 if TYPE_CHECKING:
     import dask.array
 
-__all__ = ["CellImg"]
+__all__ = ["CellImg", "check_parameter", "image_arrived"]
 
 T = TypeVar("T")
 
@@ -502,27 +502,29 @@ class CellImg(NDArrayOperatorsMixin):
         return func(*_lazy(args), **_lazy(kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrived, (self.loader,)
+        return image_arrived, (self.loader,)
 
 
-def _arrived(loader: CellLoader) -> CellImg:
+def image_arrived(loader: CellLoader) -> CellImg:
     """Return an image that was sent here: as it was then, whatever happens to its inputs."""
     return CellImg(ImageNode(loader, [None] * len(loader.readers)))
 
 
 def _check_parameter(function: BlockFunction, name: str) -> None:
     """Refuse a parameter that a function of arrays does not take."""
-    if not isinstance(function, ArrayFunction):
-        return
+    if isinstance(function, ArrayFunction):
+        check_parameter(function.function, function.name, name)
+
+
+def check_parameter(function: Callable[..., Any], called: str, name: str) -> None:
+    """Refuse a parameter that a function does not take."""
     try:
-        takes = inspect.signature(function.function).parameters
+        takes = inspect.signature(function).parameters
     except (TypeError, ValueError):
         # It does not say.
         return
     if name not in takes and all(p.kind is not p.VAR_KEYWORD for p in takes.values()):
-        raise TypeError(
-            f"{function.name} has no parameter {name!r}; it has {', '.join(takes) or 'none'}"
-        )
+        raise TypeError(f"{called} has no parameter {name!r}; it has {', '.join(takes) or 'none'}")
 
 
 def _lazy(value: Any) -> Any:

@@ -168,10 +168,17 @@ class ImageNode(Node):
                 place.shelf.invalidate(cells, number)
             loader.forget_elsewhere(place.shelf, cells)
 
-    def invalidate(self, roi: Roi) -> None:
+    def invalidate(self, roi: Roi, under: Sequence[Region | None] | None = None) -> None:
         """Forget the cells that read a voxel of the region, and what was made from them.
 
         Safe at any time. Chunks that these cells read are decoded again.
+
+        Parameters
+        ----------
+        roi : Roi
+            The region of this image.
+        under : sequence of Region or None, optional
+            Per input what lies under it; None: not known. Default: as the input is linked.
         """
         self._check_changeable()
         if roi.size == 0:
@@ -181,7 +188,7 @@ class ImageNode(Node):
             region = region_of(roi)
             cells: list[Cells] = [cells_meeting(loader.grid, region)]
             for number, item in enumerate(loader.planner.inputs):
-                source = item.region_under(region)
+                source = item.region_under(region) if under is None else under[number]
                 if source is not None:
                     cells.append(affected_cells(loader.planner, number, source))
             for number, reader in enumerate(loader.readers):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import replace
 from math import prod
+from numbers import Real
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -12,12 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.functions import FillFunction
-from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary
-from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.blocks.plan import Region
+from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary, parse_index
+from cellimg_dask.image.cellimg import CellImg, check_parameter, image_arrived
 from cellimg_dask.image.define import grid_of, make_image
 from cellimg_dask.image.input import Input, as_input, inherited_halo
 from cellimg_dask.image.values import cell_values
-from cellimg_dask.loading.node import ImageNode
+from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.loading.node import ImageNode, defining
 from cellimg_dask.ops.linking import Joined, Linking
 from cellimg_dask.ops.overlap import BlockOfCell, CellOfBlock, SideBySide
 from cellimg_dask.ops.stitching import (
@@ -111,8 +115,9 @@ def map_labels(
         raise TypeError("map_labels needs at least one input")
     check_boundary(boundary)
     items, layout = _laid_out(inputs, cell_shape, halo)
+    modes = frozenset(item.boundary or boundary for item in items)
     blocks = _block_labels(
-        FindObjects(f, layout, boundary != "none"),
+        FindObjects(f, layout, modes),
         items,
         layout,
         boundary=boundary,
@@ -168,7 +173,11 @@ def label(
     >>> ci.label(image > 0, consecutive=True)[:]
     array([1, 1, 0, 2, 0, 3], dtype=uint64)
     """
-    item = as_input(mask)
+    # What lies beyond the border of the image belongs to no object of it.
+    item = replace(as_input(mask), boundary=None)
+    dtype = np.dtype(getattr(item.array.dtype, "numpy_dtype", item.array.dtype))
+    if dtype.kind not in "biufcO":
+        raise TypeError(f"a mask must be of booleans or numbers, got an array of {dtype}")
     element = _structure(structure, len(item.shape))
     ndim = len(item.shape)
     items, layout = _laid_out((item,), cell_shape, Halo((0,) * ndim, (1,) * ndim))
@@ -249,19 +258,125 @@ class BlockLabels(CellImg):
         self.layout = layout
         """Where each block lies."""
 
+    def set_params(self, **params: Any) -> None:
+        """Change parameters of the function; see `CellImg.set_params`."""
+        function = self.loader.function
+        found = getattr(function, "function", None)
+        for name in params:
+            if not isinstance(found, FindObjects):
+                raise TypeError(f"{function.name} has no parameter {name!r}; it has none")
+            check_parameter(found.function, function.name, name)
+        super().set_params(**params)
+
+    def snapshot(self) -> BlockLabels:
+        """Return the labels as they are now; see `CellImg.snapshot`."""
+        return BlockLabels(super().snapshot().node, self.layout)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blocks_arrived, (self.layout, *super().__reduce__())
+
 
 class LabelImg(CellImg):
     """Labels of objects, each with one id in the whole image; uint64, 0 for background."""
 
     def __init__(
-        self, node: ImageNode, blocks: Any, linking: Linking, root: CellImg, cut: CellImg
+        self,
+        node: ImageNode,
+        blocks: Any,
+        linking: Linking,
+        bands: CellImg,
+        root: CellImg,
+        cut: CellImg,
     ) -> None:
         super().__init__(node)
         self.blocks = blocks
         """The labels of each block, as they were before they were stitched."""
         self._linking = linking
+        self._bands = bands
         self._root = root
         self._cut = cut
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Keyword parameters of the function that finds the objects of a block."""
+        return self.blocks.params if isinstance(self.blocks, BlockLabels) else super().params
+
+    def set_params(self, **params: Any) -> None:
+        """Change parameters of the function that finds the objects of a block.
+
+        All that reads these blocks changes along; see `CellImg.set_params`.
+
+        Raises
+        ------
+        TypeError
+            If the function has no such parameter, or the blocks are not computed here.
+        """
+        if not isinstance(self.blocks, BlockLabels):
+            raise TypeError(
+                "labels of blocks that were given as an array have no parameters; set those of "
+                "the image that finds them"
+            )
+        self.blocks.set_params(**params)
+
+    def invalidate(self, roi: Any = ...) -> None:
+        """Forget what was found from a region, because an input changed there.
+
+        All blocks that read a voxel of the region are labelled again, those included that have
+        it in their halo; an input with an ``index_map`` counts as changed where it was read for
+        cells that meet the region. See `CellImg.invalidate`.
+        """
+        box, _ = parse_index(roi, self.shape)
+        if not box.size:
+            return
+        layout = self._linking.layout
+        if not isinstance(self.blocks, BlockLabels):
+            near = box.grow(Halo(layout.halo.after, layout.halo.before)).clip(self.shape)
+            self._bands.node.invalidate(_positions_of(layout.grid, near))
+            super().invalidate(near)
+            return
+        first = _positions_of(layout.grid, box)
+        sizes = layout.blocks.cell_shape
+        region = Roi(
+            tuple(low * size for low, size in zip(first.start, sizes, strict=True)),
+            tuple(
+                min(high * size, extent)
+                for high, size, extent in zip(first.stop, sizes, self.blocks.shape, strict=True)
+            ),
+        )
+        under: list[Region | None] = []
+        for item in self.blocks.loader.planner.inputs:
+            if not isinstance(item.index_map, CellOfBlock):
+                under.append(None)
+                continue
+            skip = self.ndim - len(item.shape)
+            under.append(
+                tuple(
+                    ((low, high) if extent == whole else (0, extent),)
+                    for low, high, extent, whole in zip(
+                        box.start[skip:],
+                        box.stop[skip:],
+                        item.shape,
+                        self.shape[skip:],
+                        strict=True,
+                    )
+                )
+            )
+        self.blocks.node.invalidate(region, under)
+
+    def snapshot(self) -> LabelImg:
+        """Return the labels as they are now; see `CellImg.snapshot`."""
+        # All of one moment.
+        with defining():
+            blocks = self.blocks.snapshot() if isinstance(self.blocks, CellImg) else self.blocks
+            parts = [image.snapshot() for image in (self._bands, self._root, self._cut)]
+            return LabelImg(super().snapshot().node, blocks, self._linking, *parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # All of one moment.
+        with defining():
+            loaders = [part.loader for part in (self, self._bands, self._root, self._cut)]
+            blocks = copy(self.blocks) if isinstance(self.blocks, CellImg) else self.blocks
+        return _labels_arrived, (blocks, self._linking, *loaders)
 
     def num_objects(self) -> int:
         """Return how many objects there are; finds the labels of all blocks if need be."""
@@ -285,6 +400,25 @@ class LabelImg(CellImg):
             return np.empty(0, np.uint64)
         found = self._cut[...].reshape(-1).tolist()
         return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
+
+
+def _blocks_arrived(
+    layout: SideBySide, arrived: Callable[..., CellImg], args: tuple[Any, ...]
+) -> BlockLabels:
+    return BlockLabels(arrived(*args).node, layout)
+
+
+def _labels_arrived(blocks: Any, linking: Linking, *loaders: CellLoader) -> LabelImg:
+    final, *parts = map(image_arrived, loaders)
+    return LabelImg(final.node, blocks, linking, *parts)
+
+
+def _positions_of(grid: CellGrid, box: Roi) -> Roi:
+    """Return the positions of the cells that meet a box."""
+    return Roi(
+        tuple(low // size for low, size in zip(box.start, grid.cell_shape, strict=True)),
+        tuple(-(-high // size) for high, size in zip(box.stop, grid.cell_shape, strict=True)),
+    )
 
 
 def _laid_out(
@@ -395,7 +529,7 @@ def _stitched(
     )
     every = CellGrid(bands.shape, (1,) * grid.ndim)
     cut = values(ListCut(linking, size), every, bands, Input(down, index_map=NodeAbove(size)))
-    return LabelImg(final.node, blocks.array, linking, nodes[-1], cut)
+    return LabelImg(final.node, blocks.array, linking, bands, nodes[-1], cut)
 
 
 def _threshold(link: Link) -> float | None:
@@ -403,7 +537,7 @@ def _threshold(link: Link) -> float | None:
         return None
     if isinstance(link, tuple) and len(link) == 2 and link[0] == "iou":
         value = link[1]
-        if isinstance(value, (int, float)) and 0 <= value < 1:
+        if isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < 1:
             return float(value)
         raise ValueError(f"the threshold of iou must be at least 0 and below 1, got {value!r}")
     raise ValueError(f'link must be "components" or ("iou", threshold), got {link!r}')

@@ -149,6 +149,11 @@ class Linking:
                 f"a block has the label {count}, expected at most {self.stride - 1}, the number of "
                 f"its voxels: number the objects of each block from 1"
             )
+        if labels.dtype.kind == "i" and labels.min(initial=0) < 0:
+            raise ValueError(
+                f"a block has the label {labels.min()}, expected 0 for background and 1 and above "
+                f"for objects"
+            )
         dtype = np.uint16 if count < 1 << 16 else np.uint32
         ends = []
         for axis, width in enumerate(layout.widths):

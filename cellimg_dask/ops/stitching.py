@@ -88,6 +88,9 @@ class FindComponents:
         from scipy.ndimage import label
 
         (mask,) = block.inputs
+        if mask.dtype.kind not in "biu" and mask.dtype.char not in "fd":
+            # SciPy has no code for half precision, long and complex numbers.
+            mask = mask != 0
         if mask.ndim:
             place = block.data[self.layout.inside(block.position)]
             label(mask, self.structure, output=place)
@@ -101,7 +104,8 @@ class FindObjects:
 
     function: Callable[..., Any]
     layout: SideBySide
-    padded: bool
+    modes: frozenset[str]
+    """What lies beyond the borders of the inputs."""
 
     @property
     def __name__(self) -> str:
@@ -115,11 +119,26 @@ class FindObjects:
         """Call the function, check what it returns, and write it."""
         position = block.position
         inside = self.layout.inside(position)
-        labels = np.asarray(self.function(*block.inputs, **block.params))
-        expected = block.data.shape if self.padded else block.data[inside].shape
+        result = self.function(*block.inputs, **block.params)
+        if isinstance(result, tuple) and any(isinstance(part, np.ndarray) for part in result):
+            self._refuse(
+                position,
+                f"a tuple of {len(result)}, expected an array of labels; of scipy.ndimage.label "
+                f"these are the first of two: return label(…)[0]",
+            )
+        if isinstance(result, np.ma.MaskedArray):
+            self._refuse(
+                position,
+                "a masked array, whose mask would be lost; return result.filled(0)",
+            )
+        labels = np.asarray(result)
+        # Blocks end at the border of the image, unless something is put beyond it.
+        clipped = block.data[inside].shape
+        expected = clipped if "none" in self.modes else block.data.shape
         if labels.dtype.kind not in "iub":
             self._refuse(position, f"labels of {labels.dtype}, expected integers")
-        if labels.shape != expected:
+        padded = bool(self.modes - {"none"}) and labels.shape == block.data.shape
+        if labels.shape != expected and not padded:
             self._refuse(
                 position,
                 f"labels of shape {labels.shape}, expected {expected}, the halo included: "
@@ -131,7 +150,7 @@ class FindObjects:
             labels = np.unique(labels, return_inverse=True)[1].reshape(labels.shape) + (
                 0 if (labels == 0).any() else 1
             )
-        block.data[inside] = labels[inside] if self.padded else labels
+        block.data[inside] = labels[inside] if padded else labels
 
     def _refuse(self, position: tuple[int, ...], what: str) -> None:
         roi = self.layout.grid.roi(position)
@@ -212,6 +231,9 @@ class LookUpIds:
         # No label lies outside; to clip is several times as fast as to look.
         if block.data.flags.c_contiguous:
             np.take(ids, labels, out=block.data, mode="clip")
+            return
+        if block.data.ndim == 1:
+            block.data[...] = np.take(ids, labels, mode="clip")
             return
         # A part of a larger array is written plane by plane, by way of the processor's cache.
         for plane, given in zip(block.data, labels, strict=True):
