@@ -36,6 +36,8 @@ from cellimg_dask.image.request import Request
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.stats import stats
 from cellimg_dask.loading.watch import Change
+from cellimg_dask.ops.labels import LabelImg, label, map_labels, stitch
+from cellimg_dask.ops.pyramid import Pyramid, pyramid
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 
@@ -55,8 +57,10 @@ __all__ = [
     "Halo",
     "InitError",
     "Input",
+    "LabelImg",
     "NoContentError",
     "NoWorkersError",
+    "Pyramid",
     "QueueClosedError",
     "ReadError",
     "Request",
@@ -72,8 +76,12 @@ __all__ = [
     "fill_cells",
     "get_cache",
     "get_worker",
+    "label",
     "map_cells",
+    "map_labels",
+    "pyramid",
     "run",
     "set_cache",
     "stats",
+    "stitch",
 ]

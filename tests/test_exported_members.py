@@ -28,8 +28,10 @@ PUBLIC = [
     "Halo",
     "InitError",
     "Input",
+    "LabelImg",
     "NoContentError",
     "NoWorkersError",
+    "Pyramid",
     "QueueClosedError",
     "ReadError",
     "Request",
@@ -45,10 +47,14 @@ PUBLIC = [
     "fill_cells",
     "get_cache",
     "get_worker",
+    "label",
     "map_cells",
+    "map_labels",
+    "pyramid",
     "run",
     "set_cache",
     "stats",
+    "stitch",
 ]
 
 

@@ -169,12 +169,16 @@ class ArrayFunction:
 
 
 class FillFunction:
-    """A function of a `Block` that writes into ``block.data`` and returns nothing."""
+    """A function of a `Block` that writes into ``block.data`` and returns nothing.
+
+    With a ``grid`` messages name the cells of that one, which stand for those of the image.
+    """
 
     fresh = True
 
-    def __init__(self, function: Callable[[Block], None]) -> None:
+    def __init__(self, function: Callable[[Block], None], grid: CellGrid | None = None) -> None:
         self.function = function
+        self.grid = grid
         self.name = function_name(function)
 
     def apply(
@@ -191,12 +195,14 @@ class FillFunction:
             out = np.zeros(plan.shape, dtype)
         else:
             out[...] = np.zeros((), dtype)
-        result = _call(plan, self.name, self.function, (Block(plan, out, inputs, params),), {})
+        roi = plan.roi if self.grid is None else self.grid.roi(plan.position)
+        block = Block(plan, out, inputs, params)
+        result = _call(plan, self.name, self.function, (block,), {}, roi)
         if result is not None:
             raise ResultError(
                 self.name,
                 plan.position,
-                plan.roi,
+                roi,
                 f"returned {type(result).__name__}, expected None: a fill function writes into "
                 f"block.data; a function that returns an array belongs in map_cells",
             )
@@ -204,7 +210,7 @@ class FillFunction:
 
     def bound(self, bind: Callable[[Any], Any]) -> FillFunction:
         """Return the same with another function; see `BlockFunction.bound`."""
-        return FillFunction(bind(self.function))
+        return FillFunction(_bound(self.function, bind), self.grid)
 
 
 class ValueFunction:
@@ -238,12 +244,14 @@ class ValueFunction:
         return out
 
     def bound(self, bind: Callable[[Any], Any]) -> ValueFunction:
-        """Return the same with another function; see `BlockFunction.bound`.
+        """Return the same with another function; see `BlockFunction.bound`."""
+        return ValueFunction(_bound(self.function, bind), self.grid)
 
-        A function that only wraps the user's has a method ``bound`` of its own.
-        """
-        inner = getattr(self.function, "bound", None)
-        return ValueFunction(bind(self.function) if inner is None else inner(bind), self.grid)
+
+def _bound(function: Any, bind: Callable[[Any], Any]) -> Any:
+    """Bind a function; what only wraps the user's has a method ``bound`` of its own."""
+    inner = getattr(function, "bound", None)
+    return bind(function) if inner is None else inner(bind)
 
 
 class BlockCode:

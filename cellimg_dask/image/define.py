@@ -30,7 +30,7 @@ from cellimg_dask.loading.readers import Reader, make_reader
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache
 
-__all__ = ["fill_cells", "make_image", "map_cells"]
+__all__ = ["fill_cells", "grid_of", "make_image", "map_cells"]
 
 _DEFAULT_VOXELS_LOG2 = 20
 
@@ -130,15 +130,7 @@ def map_cells(
             "map_cells takes its shape from the inputs that have no index_map, and every input "
             "has one; use fill_cells with a grid"
         )
-    try:
-        whole = np.broadcast_shapes(*(item.shape for item in plain))
-    except ValueError:
-        raise ValueError(
-            f"inputs of shapes {', '.join(str(item.shape) for item in plain)} do not fit "
-            f"together as NumPy broadcasts; if one relates to the image in another way say how: "
-            f"Input(array, index_map=lambda roi: …)"
-        ) from None
-
+    whole = _common_shape(plain)
     dropped = _axes(drop_axis, len(whole), "drop_axis")
     factors = as_ints(shrink, "shrink", ndim=len(whole), minimum=1)
     for axis in dropped:
@@ -392,6 +384,35 @@ def _cell_shape(
         max(1, shape[axis]) if source is None else size
         for axis, (source, size) in enumerate(zip(from_axis, cells, strict=True))
     )
+
+
+def grid_of(
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None, items: Sequence[Input]
+) -> CellGrid:
+    """Return the grid of an image that has the shape of its inputs; see `map_cells`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the cell shape is wrong, the inputs do not broadcast, or all have an ``index_map``.
+    """
+    plain = [item for item in items if item.index_map is None]
+    if not plain:
+        raise ValueError("the shape comes from the inputs without index_map, and there is none")
+    whole = _common_shape(plain)
+    axes = range(len(whole))
+    return CellGrid(whole, _cell_shape(cell_shape, whole, axes, (1,) * len(whole), whole, plain))
+
+
+def _common_shape(items: Sequence[Input]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(*(item.shape for item in items))
+    except ValueError:
+        raise ValueError(
+            f"inputs of shapes {', '.join(str(item.shape) for item in items)} do not fit "
+            f"together as NumPy broadcasts; if one relates to the image in another way say how: "
+            f"Input(array, index_map=lambda roi: …)"
+        ) from None
 
 
 def _native_cells(item: Input, whole: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -142,6 +142,7 @@ class CellLoader:
     def _begin(self) -> None:
         self.token: str | None = None
         """Dask's name, once it was made."""
+        self._shared: list[CellLoader] | None = None
         self._aside: Shelf | None = None
         self._aside_lock = threading.Lock()
 
@@ -298,6 +299,7 @@ class CellLoader:
             if not missing:
                 return
             count, parts = len(missing), iter(missing)
+        self.prepare()
         keep = 2 * out.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
         if self._cells is not None:
             places = {index: (source, target) for index, source, target in parts}
@@ -318,6 +320,20 @@ class CellLoader:
             self._compute_into(index, source, view)
 
         self.crew().run(parts, through_cache if keep else past_cache, count)
+
+    def prepare(self) -> None:
+        """Compute what all cells need, before several threads wait for one that computes it.
+
+        These are values of whole images upstream, such as the root of a tree of tables.
+        """
+        if self._shared is None:
+            self._shared = [
+                image
+                for image in self.ancestry()
+                if image.dtype.hasobject and image.grid.num_cells == 1 and image is not self
+            ]
+        for image in self._shared:
+            image.load(0)
 
     def gather(self, indices: Iterable[int]) -> list[NDArray[Any] | None]:
         """Return those cells of this edition that are in memory, None for the others."""

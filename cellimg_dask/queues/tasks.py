@@ -202,6 +202,8 @@ class CellCall:
     def __call__(self, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
         """Return the cell, through the cache of this process."""
         loader = self.loader
+        if not self.fed:
+            loader.prepare()
         with loader.crew().working(), inside(self._flight or current_flight()):
             return loader.load(index, self._readers(index, chunks))
 

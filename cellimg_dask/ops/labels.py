@@ -1,0 +1,591 @@
+"""Labels of objects that are cut by the borders of cells, and made one again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.errors import ResultError
+from cellimg_dask.blocks.functions import FillFunction, function_name
+from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary
+from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.image.define import grid_of, make_image
+from cellimg_dask.image.input import Input, as_input
+from cellimg_dask.image.values import cell_values
+from cellimg_dask.loading.node import ImageNode
+from cellimg_dask.ops.linking import Down, Joined, Linking
+from cellimg_dask.ops.overlap import BlockOfCell, CellOfBlock, SideBySide
+from cellimg_dask.ops.trees import fan
+from cellimg_dask.queues.block_queue import BlockQueue
+from cellimg_dask.state.cache import CellCache, get_cache
+
+__all__ = ["BlockLabels", "LabelImg", "Link", "label", "map_labels", "stitch"]
+
+Link = str | tuple[str, float]
+"""``"components"``, or ``("iou", threshold)``."""
+
+
+def map_labels(
+    f: Callable[..., Any],
+    *inputs: Any,
+    halo: HaloLike,
+    link: Link = ("iou", 0.5),
+    consecutive: bool = False,
+    boundary: str = "none",
+    fill_value: Any = 0,
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
+    params: Mapping[str, Any] | None = None,
+    cache: CellCache | str | None = "shared",
+    queue: BlockQueue | None = None,
+    version: str | None = None,
+) -> LabelImg:
+    """Return the objects that ``f`` finds block by block, each with one id in the whole image.
+
+    Neighbouring blocks overlap by their halos, so both label the voxels there. Labels are linked
+    by these voxels and by nothing else: objects that touch at a border stay two.
+
+    Parameters
+    ----------
+    f : callable
+        From arrays, halo included, to integer labels of the same size, 0 for background, or a mask
+        for one object. It may number objects as it likes. Called as ``f(*arrays, **params)``.
+    *inputs : array-like or Input
+        As in `map_cells`; they have the image's shape, or broadcast to it.
+    halo : int, per-axis ints, or per-axis (before, after) pairs
+        Extra voxels that a block reads, at least 1 on one side of each axis along which objects
+        are linked. For the result to be that of ``f`` on the whole image, it has to hold what an
+        object in the cell needs: the object itself, and what it takes to find it.
+    link : "components" or ("iou", threshold)
+        ``("iou", t)``: labels are one object if the intersection of what two blocks gave them is
+        above ``t`` times the union, in the voxels that both blocks have; for instance segmentation,
+        with ``t`` of at least 0.5 no label is linked to two of one neighbour. ``"components"``: if
+        they share any voxel.
+    consecutive : bool
+        Whether ids are 1, 2, 3 … They do not depend on the scheduler in either case, but on the
+        shape of the cells.
+    boundary, fill_value, cell_shape, params, cache, queue, version
+        As in `map_cells`.
+
+    Returns
+    -------
+    LabelImg
+        uint64. The first read computes the labels of all blocks, since an id may come from
+        anywhere.
+
+    Raises
+    ------
+    ResultError
+        On reading, if ``f`` returns labels of another shape or no integers.
+
+    Examples
+    --------
+    >>> import numpy as np, cellimg_dask as ci
+    >>> from scipy import ndimage
+    >>> image = np.array([0, 1, 1, 1, 0, 0, 1, 1])
+    >>> def segment(block):
+    ...     return ndimage.label(block)[0]
+    >>> ci.map_labels(segment, image, halo=1, cell_shape=3, consecutive=True)[:]
+    array([0, 1, 1, 1, 0, 0, 2, 2], dtype=uint64)
+    """
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}; the function comes first")
+    if not inputs:
+        raise TypeError("map_labels needs at least one input")
+    blocks = block_labels(
+        f,
+        inputs,
+        halo,
+        boundary=boundary,
+        fill_value=fill_value,
+        cell_shape=cell_shape,
+        params=params,
+        cache=cache,
+        queue=queue,
+        version=version,
+    )
+    return stitch(blocks, link=link, consecutive=consecutive, cache=cache, queue=queue)
+
+
+def label(
+    mask: Any,
+    structure: ArrayLike | None = None,
+    *,
+    consecutive: bool = False,
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
+    cache: CellCache | str | None = "shared",
+    queue: BlockQueue | None = None,
+) -> LabelImg:
+    """Return the connected components of a mask, as `scipy.ndimage.label` finds them.
+
+    Exact for every structuring element. The ids are others than SciPy's.
+
+    Parameters
+    ----------
+    mask : array-like or Input
+        Whatever `map_cells` reads, for instance ``image > 10`` of a lazy image; what is not 0
+        belongs to an object.
+    structure : array-like of bool, optional
+        Which neighbours are connected: 3 voxels along each axis, symmetric about the middle.
+        Default: those that share a face.
+    consecutive : bool
+        Whether ids are 1, 2, 3 …
+    cell_shape, cache, queue
+        As in `map_cells`.
+
+    Returns
+    -------
+    LabelImg
+        uint64, 0 for background.
+
+    Raises
+    ------
+    ValueError
+        If ``structure`` has another shape, or is not symmetric.
+
+    Examples
+    --------
+    >>> import numpy as np, cellimg_dask as ci
+    >>> image = ci.map_cells(np.negative, np.array([-2, -3, 0, -1, 0, -5]), cell_shape=2)
+    >>> ci.label(image > 0, consecutive=True)[:]
+    array([1, 1, 0, 2, 0, 3], dtype=uint64)
+    """
+    item = as_input(mask)
+    element = _structure(structure, len(item.shape))
+    ndim = len(item.shape)
+    blocks = block_labels(
+        _components,
+        (item,),
+        Halo((0,) * ndim, (1,) * ndim),
+        cell_shape=cell_shape,
+        params={"structure": element},
+        cache=cache,
+        queue=queue,
+    )
+    linking = Linking(blocks.layout, None, bool(consecutive), whole=True)
+    return _stitched(as_input(blocks), linking, cache, queue)
+
+
+def stitch(
+    blocks: Any,
+    grid: CellGrid | None = None,
+    halo: HaloLike | None = None,
+    *,
+    link: Link = ("iou", 0.5),
+    consecutive: bool = False,
+    cache: CellCache | str | None = "shared",
+    queue: BlockQueue | None = None,
+) -> LabelImg:
+    """Return the image of labels in which objects that several blocks labelled have one id.
+
+    Parameters
+    ----------
+    blocks : BlockLabels or array-like
+        Labels of all blocks, each with its halo, side by side: the ``blocks`` of an image that
+        `map_labels` made, or such an image once it was stored, for instance by `run`.
+    grid : CellGrid, optional
+        The cells without halo. Needed where ``blocks`` is an array.
+    halo : int, per-axis ints, or per-axis (before, after) pairs, optional
+        That of each block, also where it reaches beyond the image. Needed for an array.
+    link, consecutive, cache, queue
+        As in `map_labels`.
+
+    Returns
+    -------
+    LabelImg
+        uint64.
+
+    Raises
+    ------
+    ValueError
+        If the blocks are not of the shape that grid and halo make, or there is no overlap.
+    """
+    threshold = _threshold(link)
+    if isinstance(blocks, BlockLabels):
+        if grid is not None or halo is not None:
+            raise TypeError("blocks know their grid and halo: leave these out")
+        layout = blocks.layout
+    elif isinstance(grid, CellGrid) and halo is not None:
+        layout = SideBySide(grid, Halo.of(halo, grid.ndim))
+    else:
+        raise TypeError(
+            f"for an array of blocks give grid=CellGrid(shape, cell_shape) and halo=…, got "
+            f"{grid!r} and {halo!r}"
+        )
+    item = as_input(blocks)
+    if item.shape != layout.blocks.shape:
+        raise ValueError(
+            f"blocks has shape {item.shape}, expected {layout.blocks.shape}: the blocks of "
+            f"{layout.grid.num_cells} cells of {layout.grid.cell_shape}, each with its halo, side "
+            f"by side; labels without overlap cannot be linked, because objects that touch at a "
+            f"border would become one"
+        )
+    dtype = np.dtype(getattr(item.array.dtype, "numpy_dtype", item.array.dtype))
+    if dtype.kind not in "iu":
+        raise TypeError(f"labels must be integers, got an array of {dtype}")
+    return _stitched(item, Linking(layout, threshold, bool(consecutive)), cache, queue)
+
+
+class BlockLabels(CellImg):
+    """Labels of all blocks, each with its halo, side by side: what `map_labels` stitches.
+
+    Of dtype int32; each block has numbers of its own.
+    """
+
+    def __init__(self, node: ImageNode, layout: SideBySide) -> None:
+        super().__init__(node)
+        self.layout = layout
+        """Where each block lies."""
+
+
+class LabelImg(CellImg):
+    """Labels of objects, each with one id in the whole image; uint64, 0 for background."""
+
+    def __init__(
+        self, node: ImageNode, blocks: Any, linking: Linking, root: CellImg, cut: CellImg
+    ) -> None:
+        super().__init__(node)
+        self.blocks = blocks
+        """The labels of each block, as they were before they were stitched."""
+        self._linking = linking
+        self._root = root
+        self._cut = cut
+
+    def num_objects(self) -> int:
+        """Return how many objects there are; finds the labels of all blocks if need be."""
+        if not self._root.size:
+            return 0
+        joined: Joined = self._root[...].item()
+        return joined.num_objects
+
+    def cut_objects(self) -> NDArray[np.uint64]:
+        """Return the ids of objects of which a block may have seen only a part.
+
+        They lie in a cell and reach to where its block ends, within the image: a wider halo might
+        show more of them. Connected components are right all the same, and none is listed.
+
+        Returns
+        -------
+        ndarray of uint64
+            Sorted.
+        """
+        if self._linking.whole:
+            return np.empty(0, np.uint64)
+        found = self._cut[...].reshape(-1).tolist()
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
+
+
+def block_labels(
+    f: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    halo: HaloLike,
+    *,
+    boundary: str = "none",
+    fill_value: Any = 0,
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
+    params: Mapping[str, Any] | None = None,
+    cache: CellCache | str | None = "shared",
+    queue: BlockQueue | None = None,
+    version: str | None = None,
+) -> BlockLabels:
+    """Return the labels of all blocks side by side; see `map_labels`."""
+    check_boundary(boundary)
+    items = [as_input(value) for value in inputs]
+    for number, item in enumerate(items):
+        if item.halo is not None:
+            raise ValueError(f"input {number} has a halo of its own; all have that of the blocks")
+    grid = grid_of(cell_shape, items)
+    layout = SideBySide(grid, Halo.of(halo, grid.ndim))
+    plans = []
+    for number, item in enumerate(items):
+        place: Callable[[Roi], Roi] = CellOfBlock(layout, item.shape)
+        skip = grid.ndim - len(item.shape)
+        inherited = layout.halo
+        if item.index_map is not None:
+            place = _Then(CellOfBlock(layout, grid.shape), item.index_map)
+            inherited = Halo.of(halo, len(item.shape))
+        else:
+            wide = [n == 1 != m for n, m in zip(item.shape, grid.shape[skip:], strict=True)]
+            inherited = Halo(
+                *(
+                    tuple(0 if one else n for one, n in zip(wide, side[skip:], strict=True))
+                    for side in (layout.halo.before, layout.halo.after)
+                )
+            )
+        plan = item.plan(number, None, inherited, boundary, fill_value)
+        plans.append(replace(plan, links=None, index_map=place))
+    image = make_image(
+        FillFunction(_Labelled(f, layout, boundary != "none"), grid),
+        layout.blocks,
+        items,
+        plans,
+        np.dtype(np.int32),
+        params,
+        cache,
+        queue,
+        version,
+    )
+    return BlockLabels(image.node, layout)
+
+
+def _stitched(
+    blocks: Input,
+    linking: Linking,
+    cache: CellCache | str | None,
+    queue: BlockQueue | None,
+) -> LabelImg:
+    """Return the image of final ids: three tasks per cell, and the nodes of a tree."""
+    layout = linking.layout
+    grid = layout.grid
+    last = prod(grid.grid_shape) * linking.stride
+    if last >= 1 << 63:
+        raise ValueError(f"{grid.num_cells} cells of {grid.cell_shape} have more labels than ids")
+    if grid.num_cells > 1 and not any(
+        width for width, steps in zip(layout.widths, grid.grid_shape, strict=True) if steps > 1
+    ):
+        raise ValueError(
+            f"halo {layout.halo} makes no blocks overlap, and labels are linked by the voxels that "
+            f"two blocks have: give a halo of at least 1"
+        )
+    # What belongs to all of them has to be kept, or each cell would compute everything.
+    keep = get_cache() if cache is None else cache
+
+    def values(
+        f: Callable[[Block], Any], cells: CellGrid, *inputs: Any, **settings: Any
+    ) -> CellImg:
+        return cell_values(f, cells, *inputs, cache=keep, queue=queue, **settings)
+
+    bands = values(_Bands(linking), layout.blocks, blocks)
+    size = fan(grid.ndim)
+    nodes = [values(_JoinBlocks(linking, size), CellGrid(bands.shape, size), bands, halo=1)]
+    while nodes[-1].size > 1:
+        level = len(nodes)
+        below = CellGrid(nodes[-1].shape, size)
+        nodes.append(values(_JoinNodes(linking, size, level), below, nodes[-1]))
+    down: CellImg | None = None
+    for node in reversed(nodes):
+        above = () if down is None else (Input(down, index_map=_NodeAbove(size)),)
+        each = CellGrid(node.shape, (1,) * grid.ndim)
+        down = values(_Resolve(linking, size), each, node, *above)
+    assert down is not None
+    told = Input(down, index_map=_NodeOfCell(grid, size))
+    core = Input(
+        blocks.array if isinstance(blocks, Input) else blocks, index_map=BlockOfCell(layout)
+    )
+    final = make_image(
+        FillFunction(_Final(linking, size)),
+        grid,
+        [core, told],
+        [item.plan(number, None, 0, "none", 0) for number, item in enumerate((core, told))],
+        np.dtype(np.uint64),
+        None,
+        cache,
+        queue,
+        None,
+    )
+    every = CellGrid(bands.shape, (1,) * grid.ndim)
+    cut = values(_Cut(linking, size), every, bands, Input(down, index_map=_NodeAbove(size)))
+    return LabelImg(final.node, blocks.array, linking, nodes[-1], cut)
+
+
+def _threshold(link: Link) -> float | None:
+    if link == "components":
+        return None
+    if isinstance(link, tuple) and len(link) == 2 and link[0] == "iou":
+        value = link[1]
+        if isinstance(value, (int, float)) and 0 <= value < 1:
+            return float(value)
+        raise ValueError(f"the threshold of iou must be at least 0 and below 1, got {value!r}")
+    raise ValueError(f'link must be "components" or ("iou", threshold), got {link!r}')
+
+
+def _structure(structure: ArrayLike | None, ndim: int) -> NDArray[np.bool_]:
+    from scipy.ndimage import generate_binary_structure
+
+    if structure is None:
+        element: NDArray[np.bool_] = np.asarray(generate_binary_structure(ndim, 1), np.bool_)
+        return element
+    element = np.asarray(structure) != 0
+    if element.shape != (3,) * ndim:
+        raise ValueError(
+            f"structure must have 3 voxels along each of the {ndim} axes, got shape {element.shape}"
+        )
+    if not np.array_equal(element, np.flip(element)):
+        raise ValueError(
+            "structure must be symmetric about its middle: a voxel is connected to another where "
+            "that is connected to it"
+        )
+    return element
+
+
+def _components(mask: NDArray[Any], structure: NDArray[np.bool_]) -> NDArray[np.int32]:
+    from scipy.ndimage import label
+
+    labels: NDArray[np.int32] = np.empty(mask.shape, np.int32)
+    if mask.ndim:
+        label(mask, structure, output=labels)
+    else:
+        labels[...] = mask != 0
+    return labels
+
+
+@dataclass(frozen=True)
+class _Then:
+    first: Callable[[Roi], Roi]
+    second: Callable[[Roi], Roi]
+
+    def __call__(self, roi: Roi) -> Roi:
+        return self.second(self.first(roi))
+
+
+@dataclass(frozen=True)
+class _NodeAbove:
+    """From a node, or a block, to the node above it."""
+
+    size: int
+
+    def __call__(self, roi: Roi) -> Roi:
+        start = tuple(low // self.size for low in roi.start)
+        return Roi(start, tuple(low + 1 for low in start))
+
+
+@dataclass(frozen=True)
+class _NodeOfCell:
+    """From a cell, in voxels, to the node above its block."""
+
+    grid: CellGrid
+    size: int
+
+    def __call__(self, roi: Roi) -> Roi:
+        start = tuple(
+            low // (size * self.size)
+            for low, size in zip(roi.start, self.grid.cell_shape, strict=True)
+        )
+        return Roi(start, tuple(low + 1 for low in start))
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Puts what the user's function found in a block into its place."""
+
+    function: Callable[..., Any]
+    layout: SideBySide
+    padded: bool
+
+    @property
+    def __name__(self) -> str:
+        return function_name(self.function)
+
+    def bound(self, bind: Callable[[Any], Any]) -> _Labelled:
+        return replace(self, function=bind(self.function))
+
+    def __call__(self, block: Block) -> None:
+        position = block.position
+        inside = self.layout.inside(position)
+        labels = np.asarray(self.function(*block.inputs, **block.params))
+        expected = block.data.shape if self.padded else block.data[inside].shape
+        if labels.dtype.kind not in "iub":
+            self._refuse(position, f"labels of {labels.dtype}, expected integers")
+        if labels.shape != expected:
+            self._refuse(
+                position,
+                f"labels of shape {labels.shape}, expected {expected}, the halo included: "
+                f"neighbours are linked by what both label there",
+            )
+        if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
+            self._refuse(position, f"the label {labels.min()}, expected 0 and above")
+        if labels.size and labels.max() > labels.size:
+            labels = np.unique(labels, return_inverse=True)[1].reshape(labels.shape) + (
+                0 if (labels == 0).any() else 1
+            )
+        block.data[inside] = labels[inside] if self.padded else labels
+
+    def _refuse(self, position: tuple[int, ...], what: str) -> None:
+        roi = self.layout.grid.roi(position)
+        raise ResultError(self.__name__, position, roi, f"returned {what}")
+
+
+@dataclass(frozen=True)
+class _Bands:
+    linking: Linking
+
+    def __call__(self, block: Block) -> Any:
+        return self.linking.bands(block.inputs[0], block.position)
+
+
+@dataclass(frozen=True)
+class _JoinBlocks:
+    linking: Linking
+    size: int
+
+    def __call__(self, block: Block) -> Joined:
+        grid = CellGrid(self.linking.layout.grid.grid_shape, (self.size,) * len(block.position))
+        group = grid.roi(block.position)
+        near = group.grow(Halo.of(1, grid.ndim)).clip(grid.shape)
+        return self.linking.join_blocks(block.inputs[0], near, group)
+
+
+@dataclass(frozen=True)
+class _JoinNodes:
+    linking: Linking
+    size: int
+    level: int
+
+    def __call__(self, block: Block) -> Joined:
+        shape = self.linking.layout.grid.grid_shape
+        grid = CellGrid(shape, (self.size ** (self.level + 1),) * len(shape))
+        return self.linking.join_nodes(block.inputs[0], grid.roi(block.position))
+
+
+@dataclass(frozen=True)
+class _Resolve:
+    linking: Linking
+    size: int
+
+    def __call__(self, block: Block) -> Down:
+        node: Joined = block.inputs[0].item()
+        above: Down | None = block.inputs[1].item() if len(block.inputs) > 1 else None
+        return self.linking.resolve(node, above, _place(block.position, self.size))
+
+
+@dataclass(frozen=True)
+class _Final:
+    linking: Linking
+    size: int
+
+    def __call__(self, block: Block) -> None:
+        labels, told = block.inputs
+        in_core = self.linking.in_core(labels)
+        position = tuple(
+            low // size
+            for low, size in zip(block.min, self.linking.layout.grid.cell_shape, strict=True)
+        )
+        ids = self.linking.final_ids(told.item(), _place(position, self.size), position, in_core)
+        # No label lies outside; to clip is several times as fast as to look.
+        np.take(ids, labels, out=block.data, mode="clip")
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The ids of the objects of a block that it may not have seen whole."""
+
+    linking: Linking
+    size: int
+
+    def __call__(self, block: Block) -> Any:
+        bands, told = (given.item() for given in block.inputs)
+        if bands.is_cut is None:
+            return np.empty(0, np.uint64)
+        place = _place(block.position, self.size)
+        ids = self.linking.final_ids(told, place, block.position, bands.in_core)
+        return ids[bands.is_cut]
+
+
+def _place(position: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Return which child of the node above a node, or a block, is."""
+    return tuple(p % size for p in position)

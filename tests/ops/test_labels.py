@@ -1,0 +1,230 @@
+"""Connected components block by block, against those of the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import ndimage
+
+import cellimg_dask as ci
+
+
+def same_objects(found: NDArray[Any], expected: NDArray[Any]) -> bool:
+    """Whether two images of labels show the same objects, whatever they call them."""
+    if found.shape != expected.shape or not np.array_equal(found == 0, expected == 0):
+        return False
+    left, mine = np.unique(found, return_inverse=True)
+    right, its = np.unique(expected, return_inverse=True)
+    pairs = np.unique(mine.reshape(-1) * (right.size + 1) + its.reshape(-1))
+    return pairs.size == left.size == right.size
+
+
+def random_case(rng: np.random.Generator) -> tuple[NDArray[Any], Any, tuple[int, ...]]:
+    """Return a mask, a structuring element and a cell shape: ragged, tiny, or too large."""
+    ndim = int(rng.integers(1, 5))
+    most = (0, 300, 22, 9, 6)[ndim]
+    shape = tuple(map(int, rng.integers(1, most + 1, ndim)))
+    cells = tuple(map(int, rng.integers(1, (0, 9, 7, 5, 4)[ndim] + 1, ndim)))
+    mask = rng.random(shape) < rng.uniform(0.1, 0.9)
+    kind = rng.integers(3)
+    structure = None
+    if kind == 1:
+        structure = ndimage.generate_binary_structure(ndim, int(rng.integers(1, ndim + 1)))
+    elif kind == 2:
+        # Odd ones: diagonals of one direction, holes, nothing but the middle.
+        structure = rng.random((3,) * ndim) < rng.random()
+        structure |= np.flip(structure)
+    return mask, structure, cells
+
+
+def test_components_equal_scipy_for_500_random_images() -> None:
+    rng = np.random.default_rng(6)
+    for _ in range(500):
+        mask, structure, cells = random_case(rng)
+        consecutive = bool(rng.integers(2))
+        expected, count = ndimage.label(mask, structure)
+        labels = ci.label(mask, structure, cell_shape=cells, consecutive=consecutive)
+        found = labels[...]
+        case = f"{mask.shape} in {cells}, {structure}"
+        assert same_objects(found, expected), case
+        assert labels.num_objects() == count, case
+        if consecutive:
+            np.testing.assert_array_equal(np.unique(found[found > 0]), np.arange(1, count + 1))
+
+
+def test_one_cell_has_scipys_numbers() -> None:
+    mask = np.random.default_rng(1).random((20, 30)) < 0.4
+    labels = ci.label(mask, cell_shape=(20, 30))
+    np.testing.assert_array_equal(labels[...], ndimage.label(mask)[0])
+
+
+def test_any_nonzero_value_is_foreground() -> None:
+    image = np.array([[0, -2, 3], [0.5, 0, 0], [0, 0, np.nan]])
+    expected, _ = ndimage.label(image)
+    assert same_objects(ci.label(image, cell_shape=2)[...], expected)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1, 1, 1)])
+@pytest.mark.parametrize("value", [False, True])
+def test_images_without_borders(shape: tuple[int, ...], value: bool) -> None:
+    labels = ci.label(np.full(shape, value), cell_shape=2, consecutive=True)
+    np.testing.assert_array_equal(labels[...], np.full(shape, value))
+    assert labels.num_objects() == int(value and 0 not in shape)
+    assert labels.dtype == np.uint64
+
+
+def test_a_snake_through_all_cells_is_one_object() -> None:
+    mask = np.zeros((40, 41), bool)
+    mask[::2] = True
+    mask[1::4, -1] = True
+    mask[3::4, 0] = True
+    labels = ci.label(mask, cell_shape=3, consecutive=True)
+    np.testing.assert_array_equal(labels[...], mask)
+
+
+def mask_of(shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    noise = np.random.default_rng(2).random(shape)
+    return np.asarray(ndimage.gaussian_filter(noise, 1) > 0.52)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_ids_do_not_depend_on_the_scheduler(client: Any, consecutive: bool) -> None:
+    mask = mask_of((40, 50))
+    settings: dict[str, Any] = {"cell_shape": 4, "consecutive": consecutive}
+    expected = ci.label(mask, cache=ci.CellCache(1 << 26), **settings)[...]
+    assert same_objects(expected, ndimage.label(mask)[0])
+
+    def fresh(queue: Any = None) -> ci.CellImg:
+        return ci.label(mask, cache=ci.CellCache(1 << 26), queue=queue, **settings)
+
+    with ci.BlockQueue(2, backend="threads") as queue:
+        np.testing.assert_array_equal(fresh(queue)[...], expected)
+    with ci.BlockQueue(2, backend="processes") as queue:
+        np.testing.assert_array_equal(fresh(queue)[...], expected)
+    with ci.BlockQueue(backend=client) as queue:
+        np.testing.assert_array_equal(fresh(queue)[...], expected)
+    np.testing.assert_array_equal(fresh().to_dask().compute(scheduler="threads"), expected)
+    np.testing.assert_array_equal(fresh().to_dask().compute(scheduler="sync"), expected)
+    np.testing.assert_array_equal(client.compute(fresh().to_dask()).result(), expected)
+    # From the last cell to the first, a cell at a time.
+    image = fresh()
+    for index in reversed(range(image.grid.num_cells)):
+        cell = image.grid.cell(index)
+        np.testing.assert_array_equal(image[cell.roi], expected[cell.roi.slices])
+
+
+def test_there_are_few_tasks_per_cell(client: Any) -> None:
+    from cellimg_dask.queues.tasks import graph_of
+
+    labels = ci.label(np.zeros((64, 64, 64), bool), cell_shape=4)
+    graph = dict(graph_of(labels.snapshot().loader, elsewhere=True))
+    assert len(graph) <= 4 * labels.grid.num_cells
+
+
+def test_a_lazy_mask_is_not_computed_before_it_is_read(rng: np.random.Generator) -> None:
+    calls = []
+
+    def noise(block: ci.Block) -> None:
+        calls.append(block.index)
+        block.data[...] = np.random.default_rng(block.index).random(block.shape)
+
+    image = ci.fill_cells(noise, ci.CellGrid((20, 20), (6, 6)), dtype=float)
+    labels = ci.label(image > 0.6)
+    assert labels.cell_shape == (6, 6)
+    assert not calls
+    expected, count = ndimage.label(image[...] > 0.6)
+    assert labels.num_objects() == count
+    assert same_objects(labels[...], expected)
+    assert sorted(calls) == list(range(16))
+
+
+def test_an_edit_finds_the_labels_of_the_affected_blocks_again() -> None:
+    mask = mask_of((40, 40))
+    source = ci.Source(mask, cell_shape=8)
+    labels = ci.label(source)
+    before = labels[...]
+    assert same_objects(before, ndimage.label(mask)[0])
+    loads = labels.blocks.stats().loads
+    snapshot = labels.snapshot()
+    with source.edit() as array:
+        array[20:22, :] = True
+    mask[20:22, :] = True
+    expected, count = ndimage.label(mask)
+    assert same_objects(labels[...], expected)
+    assert labels.num_objects() == count
+    # The row of cells that holds it; the one before has it in no halo.
+    assert labels.blocks.stats().loads == loads + 5
+    np.testing.assert_array_equal(snapshot[...], before)
+
+
+def test_a_cache_that_keeps_nothing_is_no_reason_to_compute_all_again() -> None:
+    calls: list[int] = []
+
+    def count(a: NDArray[Any]) -> NDArray[Any]:
+        calls.append(1)
+        return np.asarray(ndimage.label(a)[0])
+
+    labels = ci.map_labels(
+        count, mask_of((30, 30)), halo=1, link="components", cell_shape=5, cache=None
+    )
+    labels[...]
+    # Once for its neighbours, and once for its own cell.
+    assert len(calls) <= 2 * 36
+
+
+@pytest.mark.parametrize(
+    ("structure", "error"),
+    [
+        (np.ones((3, 3, 3)), "3 voxels along each of the 2 axes"),
+        (np.ones((5, 5)), "3 voxels along each of the 2 axes"),
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 0]], "symmetric"),
+    ],
+)
+def test_bad_structures(structure: Any, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        ci.label(np.zeros((4, 4)), structure)
+
+
+@given(st.data())
+def test_blocks_that_were_stored_are_stitched_the_same(data: st.DataObject) -> None:
+    ndim = data.draw(st.integers(1, 3))
+    shape = tuple(data.draw(st.integers(1, 12)) for _ in range(ndim))
+    cells = tuple(data.draw(st.integers(1, 6)) for _ in range(ndim))
+    halo = [(data.draw(st.integers(0, 3)), data.draw(st.integers(1, 3))) for _ in range(ndim)]
+    seed = data.draw(st.integers(0, 1 << 16))
+    mask = np.random.default_rng(seed).random(shape) < 0.5
+
+    def components(a: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(ndimage.label(a)[0])
+
+    labels = ci.map_labels(components, mask, halo=halo, link="components", cell_shape=cells)
+    assert same_objects(labels[...], ndimage.label(mask)[0])
+    stored = np.asarray(labels.blocks)
+    again = ci.stitch(stored, ci.CellGrid(shape, cells), halo, link="components")
+    np.testing.assert_array_equal(again[...], labels[...])
+
+
+def test_dask_gives_what_the_image_gives() -> None:
+    mask = mask_of((20, 20))
+    labels = ci.label(mask, cell_shape=7)
+    (found,) = dask.compute(labels)
+    np.testing.assert_array_equal(found, labels[...])
