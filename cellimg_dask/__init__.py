@@ -36,8 +36,10 @@ from cellimg_dask.image.request import Request
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.stats import stats
 from cellimg_dask.loading.watch import Change
+from cellimg_dask.ops.blobs import merge_blobs, prune_blobs
 from cellimg_dask.ops.labels import LabelImg, label, map_labels, stitch
 from cellimg_dask.ops.pyramid import Pyramid, pyramid
+from cellimg_dask.ops.stacks import map_stack, merge_stack, split_stack, stack_shape
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 
@@ -79,9 +81,15 @@ __all__ = [
     "label",
     "map_cells",
     "map_labels",
+    "map_stack",
+    "merge_blobs",
+    "merge_stack",
+    "prune_blobs",
     "pyramid",
     "run",
     "set_cache",
+    "split_stack",
+    "stack_shape",
     "stats",
     "stitch",
 ]

@@ -13,7 +13,7 @@ from cellimg_dask.blocks.plan import AxisLink, InputPlan
 from cellimg_dask.geometry import Halo, HaloLike, Roi, check_boundary
 from cellimg_dask.loading.readers import check_array
 
-__all__ = ["Input", "as_input", "checked_fill", "follow"]
+__all__ = ["Input", "as_input", "checked_fill", "follow", "inherited_halo"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +156,20 @@ def follow(
         ),
         stretched,
     )
+
+
+def inherited_halo(halo: Halo, shape: tuple[int, ...], target: tuple[int, ...]) -> Halo:
+    """Return the image's halo for an input that broadcasts to ``target``.
+
+    An axis of length 1 that stands for a longer one is read without halo.
+    """
+    skip = len(target) - len(shape)
+    wide = [n == 1 != m for n, m in zip(shape, target[skip:], strict=True)]
+
+    def kept(side: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(0 if one else n for one, n in zip(wide, side[skip:], strict=True))
+
+    return Halo(kept(halo.before), kept(halo.after))
 
 
 def checked_fill(value: Any, dtype: np.dtype[Any], holder: str) -> Any:

@@ -6,7 +6,7 @@ they read. Tables, partial sums and lists of points are made so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from cellimg_dask.blocks.plan import AxisLink
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import make_image
-from cellimg_dask.image.input import as_input, follow
+from cellimg_dask.image.input import as_input, follow, inherited_halo
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache
 
@@ -88,17 +88,11 @@ def cell_values(
     wide = Halo.of(halo, grid.ndim)
     plans = []
     for number, item in enumerate(items):
-        own, inherited = None, halo
+        own: Sequence[AxisLink] | None = None
+        inherited = halo
         if item.index_map is None:
-            own, stretched = follow(item.shape, grid.shape, links, number)
-            skip = grid.ndim - len(item.shape)
-            # Not for an axis of length 1 that is broadcast.
-            inherited = Halo(
-                *(
-                    tuple(0 if one else n for one, n in zip(stretched, side[skip:], strict=True))
-                    for side in (wide.before, wide.after)
-                )
-            )
+            own, _ = follow(item.shape, grid.shape, links, number)
+            inherited = inherited_halo(wide, item.shape, grid.shape)
         plans.append(item.plan(number, own, inherited, boundary, fill_value))
     return make_image(
         ValueFunction(f, grid),

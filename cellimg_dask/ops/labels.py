@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, SupportsIndex
 
@@ -11,16 +11,28 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cellimg_dask.blocks.block import Block
-from cellimg_dask.blocks.errors import ResultError
-from cellimg_dask.blocks.functions import FillFunction, function_name
+from cellimg_dask.blocks.functions import FillFunction
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of, make_image
-from cellimg_dask.image.input import Input, as_input
+from cellimg_dask.image.input import Input, as_input, inherited_halo
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.loading.node import ImageNode
-from cellimg_dask.ops.linking import Down, Joined, Linking
+from cellimg_dask.ops.linking import Joined, Linking
 from cellimg_dask.ops.overlap import BlockOfCell, CellOfBlock, SideBySide
+from cellimg_dask.ops.stitching import (
+    CutBands,
+    FindComponents,
+    FindObjects,
+    JoinBlocks,
+    JoinNodes,
+    ListCut,
+    LookUpIds,
+    NodeAbove,
+    NodeOfCell,
+    Resolve,
+    Then,
+)
 from cellimg_dask.ops.trees import fan
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache
@@ -97,13 +109,14 @@ def map_labels(
         raise TypeError(f"f must be callable, got {type(f).__name__}; the function comes first")
     if not inputs:
         raise TypeError("map_labels needs at least one input")
-    blocks = block_labels(
-        f,
-        inputs,
-        halo,
+    check_boundary(boundary)
+    items, layout = _laid_out(inputs, cell_shape, halo)
+    blocks = _block_labels(
+        FindObjects(f, layout, boundary != "none"),
+        items,
+        layout,
         boundary=boundary,
         fill_value=fill_value,
-        cell_shape=cell_shape,
         params=params,
         cache=cache,
         queue=queue,
@@ -158,15 +171,9 @@ def label(
     item = as_input(mask)
     element = _structure(structure, len(item.shape))
     ndim = len(item.shape)
-    blocks = block_labels(
-        _components,
-        (item,),
-        Halo((0,) * ndim, (1,) * ndim),
-        cell_shape=cell_shape,
-        params={"structure": element},
-        cache=cache,
-        queue=queue,
-    )
+    items, layout = _laid_out((item,), cell_shape, Halo((0,) * ndim, (1,) * ndim))
+    f = FindComponents(element, layout)
+    blocks = _block_labels(f, items, layout, cache=cache, queue=queue)
     linking = Linking(blocks.layout, None, bool(consecutive), whole=True)
     return _stitched(as_input(blocks), linking, cache, queue)
 
@@ -280,47 +287,45 @@ class LabelImg(CellImg):
         return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
 
 
-def block_labels(
-    f: Callable[..., Any],
+def _laid_out(
     inputs: tuple[Any, ...],
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None,
     halo: HaloLike,
+) -> tuple[list[Input], SideBySide]:
+    items = [as_input(value) for value in inputs]
+    for number, item in enumerate(items):
+        if item.halo is not None:
+            raise ValueError(f"input {number} has a halo of its own; all have that of the blocks")
+    grid = grid_of(cell_shape, items)
+    return items, SideBySide(grid, Halo.of(halo, grid.ndim))
+
+
+def _block_labels(
+    f: FindObjects | FindComponents,
+    items: list[Input],
+    layout: SideBySide,
     *,
     boundary: str = "none",
     fill_value: Any = 0,
-    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
     params: Mapping[str, Any] | None = None,
     cache: CellCache | str | None = "shared",
     queue: BlockQueue | None = None,
     version: str | None = None,
 ) -> BlockLabels:
     """Return the labels of all blocks side by side; see `map_labels`."""
-    check_boundary(boundary)
-    items = [as_input(value) for value in inputs]
-    for number, item in enumerate(items):
-        if item.halo is not None:
-            raise ValueError(f"input {number} has a halo of its own; all have that of the blocks")
-    grid = grid_of(cell_shape, items)
-    layout = SideBySide(grid, Halo.of(halo, grid.ndim))
+    grid = layout.grid
     plans = []
     for number, item in enumerate(items):
         place: Callable[[Roi], Roi] = CellOfBlock(layout, item.shape)
-        skip = grid.ndim - len(item.shape)
-        inherited = layout.halo
-        if item.index_map is not None:
-            place = _Then(CellOfBlock(layout, grid.shape), item.index_map)
-            inherited = Halo.of(halo, len(item.shape))
+        if item.index_map is None:
+            inherited = inherited_halo(layout.halo, item.shape, grid.shape)
         else:
-            wide = [n == 1 != m for n, m in zip(item.shape, grid.shape[skip:], strict=True)]
-            inherited = Halo(
-                *(
-                    tuple(0 if one else n for one, n in zip(wide, side[skip:], strict=True))
-                    for side in (layout.halo.before, layout.halo.after)
-                )
-            )
+            place = Then(CellOfBlock(layout, grid.shape), item.index_map)
+            inherited = Halo.of(layout.halo, len(item.shape))
         plan = item.plan(number, None, inherited, boundary, fill_value)
         plans.append(replace(plan, links=None, index_map=place))
     image = make_image(
-        FillFunction(_Labelled(f, layout, boundary != "none"), grid),
+        FillFunction(f, grid),
         layout.blocks,
         items,
         plans,
@@ -360,25 +365,25 @@ def _stitched(
     ) -> CellImg:
         return cell_values(f, cells, *inputs, cache=keep, queue=queue, **settings)
 
-    bands = values(_Bands(linking), layout.blocks, blocks)
+    bands = values(CutBands(linking), layout.blocks, blocks)
     size = fan(grid.ndim)
-    nodes = [values(_JoinBlocks(linking, size), CellGrid(bands.shape, size), bands, halo=1)]
+    nodes = [values(JoinBlocks(linking, size), CellGrid(bands.shape, size), bands, halo=1)]
     while nodes[-1].size > 1:
         level = len(nodes)
         below = CellGrid(nodes[-1].shape, size)
-        nodes.append(values(_JoinNodes(linking, size, level), below, nodes[-1]))
+        nodes.append(values(JoinNodes(linking, size, level), below, nodes[-1]))
     down: CellImg | None = None
     for node in reversed(nodes):
-        above = () if down is None else (Input(down, index_map=_NodeAbove(size)),)
+        above = () if down is None else (Input(down, index_map=NodeAbove(size)),)
         each = CellGrid(node.shape, (1,) * grid.ndim)
-        down = values(_Resolve(linking, size), each, node, *above)
+        down = values(Resolve(linking, size), each, node, *above)
     assert down is not None
-    told = Input(down, index_map=_NodeOfCell(grid, size))
+    told = Input(down, index_map=NodeOfCell(grid, size))
     core = Input(
         blocks.array if isinstance(blocks, Input) else blocks, index_map=BlockOfCell(layout)
     )
     final = make_image(
-        FillFunction(_Final(linking, size)),
+        FillFunction(LookUpIds(linking, size)),
         grid,
         [core, told],
         [item.plan(number, None, 0, "none", 0) for number, item in enumerate((core, told))],
@@ -389,7 +394,7 @@ def _stitched(
         None,
     )
     every = CellGrid(bands.shape, (1,) * grid.ndim)
-    cut = values(_Cut(linking, size), every, bands, Input(down, index_map=_NodeAbove(size)))
+    cut = values(ListCut(linking, size), every, bands, Input(down, index_map=NodeAbove(size)))
     return LabelImg(final.node, blocks.array, linking, nodes[-1], cut)
 
 
@@ -421,171 +426,3 @@ def _structure(structure: ArrayLike | None, ndim: int) -> NDArray[np.bool_]:
             "that is connected to it"
         )
     return element
-
-
-def _components(mask: NDArray[Any], structure: NDArray[np.bool_]) -> NDArray[np.int32]:
-    from scipy.ndimage import label
-
-    labels: NDArray[np.int32] = np.empty(mask.shape, np.int32)
-    if mask.ndim:
-        label(mask, structure, output=labels)
-    else:
-        labels[...] = mask != 0
-    return labels
-
-
-@dataclass(frozen=True)
-class _Then:
-    first: Callable[[Roi], Roi]
-    second: Callable[[Roi], Roi]
-
-    def __call__(self, roi: Roi) -> Roi:
-        return self.second(self.first(roi))
-
-
-@dataclass(frozen=True)
-class _NodeAbove:
-    """From a node, or a block, to the node above it."""
-
-    size: int
-
-    def __call__(self, roi: Roi) -> Roi:
-        start = tuple(low // self.size for low in roi.start)
-        return Roi(start, tuple(low + 1 for low in start))
-
-
-@dataclass(frozen=True)
-class _NodeOfCell:
-    """From a cell, in voxels, to the node above its block."""
-
-    grid: CellGrid
-    size: int
-
-    def __call__(self, roi: Roi) -> Roi:
-        start = tuple(
-            low // (size * self.size)
-            for low, size in zip(roi.start, self.grid.cell_shape, strict=True)
-        )
-        return Roi(start, tuple(low + 1 for low in start))
-
-
-@dataclass(frozen=True)
-class _Labelled:
-    """Puts what the user's function found in a block into its place."""
-
-    function: Callable[..., Any]
-    layout: SideBySide
-    padded: bool
-
-    @property
-    def __name__(self) -> str:
-        return function_name(self.function)
-
-    def bound(self, bind: Callable[[Any], Any]) -> _Labelled:
-        return replace(self, function=bind(self.function))
-
-    def __call__(self, block: Block) -> None:
-        position = block.position
-        inside = self.layout.inside(position)
-        labels = np.asarray(self.function(*block.inputs, **block.params))
-        expected = block.data.shape if self.padded else block.data[inside].shape
-        if labels.dtype.kind not in "iub":
-            self._refuse(position, f"labels of {labels.dtype}, expected integers")
-        if labels.shape != expected:
-            self._refuse(
-                position,
-                f"labels of shape {labels.shape}, expected {expected}, the halo included: "
-                f"neighbours are linked by what both label there",
-            )
-        if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
-            self._refuse(position, f"the label {labels.min()}, expected 0 and above")
-        if labels.size and labels.max() > labels.size:
-            labels = np.unique(labels, return_inverse=True)[1].reshape(labels.shape) + (
-                0 if (labels == 0).any() else 1
-            )
-        block.data[inside] = labels[inside] if self.padded else labels
-
-    def _refuse(self, position: tuple[int, ...], what: str) -> None:
-        roi = self.layout.grid.roi(position)
-        raise ResultError(self.__name__, position, roi, f"returned {what}")
-
-
-@dataclass(frozen=True)
-class _Bands:
-    linking: Linking
-
-    def __call__(self, block: Block) -> Any:
-        return self.linking.bands(block.inputs[0], block.position)
-
-
-@dataclass(frozen=True)
-class _JoinBlocks:
-    linking: Linking
-    size: int
-
-    def __call__(self, block: Block) -> Joined:
-        grid = CellGrid(self.linking.layout.grid.grid_shape, (self.size,) * len(block.position))
-        group = grid.roi(block.position)
-        near = group.grow(Halo.of(1, grid.ndim)).clip(grid.shape)
-        return self.linking.join_blocks(block.inputs[0], near, group)
-
-
-@dataclass(frozen=True)
-class _JoinNodes:
-    linking: Linking
-    size: int
-    level: int
-
-    def __call__(self, block: Block) -> Joined:
-        shape = self.linking.layout.grid.grid_shape
-        grid = CellGrid(shape, (self.size ** (self.level + 1),) * len(shape))
-        return self.linking.join_nodes(block.inputs[0], grid.roi(block.position))
-
-
-@dataclass(frozen=True)
-class _Resolve:
-    linking: Linking
-    size: int
-
-    def __call__(self, block: Block) -> Down:
-        node: Joined = block.inputs[0].item()
-        above: Down | None = block.inputs[1].item() if len(block.inputs) > 1 else None
-        return self.linking.resolve(node, above, _place(block.position, self.size))
-
-
-@dataclass(frozen=True)
-class _Final:
-    linking: Linking
-    size: int
-
-    def __call__(self, block: Block) -> None:
-        labels, told = block.inputs
-        in_core = self.linking.in_core(labels)
-        position = tuple(
-            low // size
-            for low, size in zip(block.min, self.linking.layout.grid.cell_shape, strict=True)
-        )
-        ids = self.linking.final_ids(told.item(), _place(position, self.size), position, in_core)
-        # No label lies outside; to clip is several times as fast as to look.
-        np.take(ids, labels, out=block.data, mode="clip")
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """The ids of the objects of a block that it may not have seen whole."""
-
-    linking: Linking
-    size: int
-
-    def __call__(self, block: Block) -> Any:
-        bands, told = (given.item() for given in block.inputs)
-        if bands.is_cut is None:
-            return np.empty(0, np.uint64)
-        place = _place(block.position, self.size)
-        ids = self.linking.final_ids(told, place, block.position, bands.in_core)
-        return ids[bands.is_cut]
-
-
-def _place(position: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """Return which child of the node above a node, or a block, is."""
-    return tuple(p % size for p in position)
