@@ -13,7 +13,6 @@ from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import as_input
 from cellimg_dask.image.values import cell_values
-from cellimg_dask.loading.trees import load_values
 from cellimg_dask.ops.trees import group_shape
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache
@@ -152,8 +151,7 @@ class Reduced:
         BlockError
             If a function raises; the message names it and the cell.
         """
-
-        return self.image._retrying(lambda loader: load_values(loader, 0)).item()
+        return self.image._retrying(lambda loader: loader.prepare()[-1]).item()
 
     def to_delayed(self) -> Any:
         """Return the object, as it would be computed now, as a `dask.delayed.Delayed`."""
