@@ -123,16 +123,19 @@ def eigenvalues(tensors: Floats) -> Floats:
         return np.zeros(tensors.shape[:2])
     values: Floats = np.linalg.eigvalsh(tensors)[:, ::-1]
     # Rounded, some are a little below 0.
-    return np.clip(values, 0, None)
+    np.maximum(values, 0.0, out=values)
+    return values
 
 
 def axis_lengths(values: Floats) -> tuple[Floats, Floats]:
     """Return the longest and the shortest axis of the ellipses with these eigenvalues."""
     if values.shape[1] == 2:
-        return 4 * np.sqrt(values[:, 0]), 4 * np.sqrt(values[:, 1])
+        lengths: Floats = 4 * np.sqrt(values)
+        return lengths[:, 0], lengths[:, 1]
     first, second, third = values.T
-    major, minor = first + second - third, second + third - first
-    return np.sqrt(10 * np.clip(major, 0, None)), np.sqrt(10 * np.clip(minor, 0, None))
+    squares = np.stack([first + second - third, second + third - first], axis=1)
+    lengths = np.sqrt(10 * np.maximum(squares, 0.0))
+    return lengths[:, 0], lengths[:, 1]
 
 
 def orientations(tensors: Floats) -> Floats:

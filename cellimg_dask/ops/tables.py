@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -116,14 +116,18 @@ def region_table(
     grid = _grid_of_labels(item, cell_shape)
     steps = _checked_spacing(spacing, grid.ndim)
     picture = None if image is None else _Picture.of(image, grid)
-    names = _DEFAULT + (_DEFAULT_WITH_IMAGE if picture else ()) if properties is None else properties
+    names = (
+        _DEFAULT + (_DEFAULT_WITH_IMAGE if picture else ()) if properties is None else properties
+    )
     if isinstance(names, str):
         raise TypeError(f"properties must be a sequence of names, got {names!r}")
     chosen = tuple(names)
     for name in chosen:
         check_property(name, steps, has_image=picture is not None)
     extras = tuple(_extra(given, picture is not None) for given in extra_properties)
-    box = None if max_extent is None else as_ints(max_extent, "max_extent", ndim=grid.ndim, minimum=1)
+    box = (
+        None if max_extent is None else as_ints(max_extent, "max_extent", ndim=grid.ndim, minimum=1)
+    )
     columns = [*chosen, *(extra.name for extra in extras)]
     if len(set(columns)) != len(columns):
         raise ValueError(f"properties come twice, or extra ones have names of others: {columns}")
@@ -134,9 +138,7 @@ def region_table(
             f"max_extent=…, a box in voxels that the objects of interest fit into"
         )
     parts = as_int(npartitions, "npartitions", minimum=1)
-    return _table(
-        item, grid, picture, chosen, extras, steps, box, with_masks, parts, cache, queue
-    )
+    return _table(item, grid, picture, chosen, extras, steps, box, with_masks, parts, cache, queue)
 
 
 def _table(
@@ -168,7 +170,8 @@ def _table(
     )
     pictures = [] if picture is None or not collect.wants.intensities else [picture.input(grid, 0)]
     objects = values(collect, grid, labels, *pictures)
-    trees = [_trees(objects, _MergeObjects(collect.nothing(grid.ndim)), npartitions, values)]
+    empty: list[Any] = [collect.nothing(grid.ndim)]
+    trees = [_trees(objects, _MergeObjects(empty[0]), npartitions, values)]
     masks = None
     if with_masks or extras:
         assert box is not None
@@ -176,8 +179,8 @@ def _table(
         halo = Halo((masks.before,) * grid.ndim, tuple(extent - 1 for extent in box))
         pictures = [] if picture is None else [picture.input(grid, halo)]
         measured = values(masks, grid, labels, *pictures, halo=halo)
-        nothing = masks.nothing(collect.nothing(grid.ndim))
-        trees.append(_trees(measured, _MergeMasks(nothing), npartitions, values))
+        empty.append(masks.nothing(empty[0]))
+        trees.append(_trees(measured, _MergeMasks(empty[1]), npartitions, values))
     finish = _Finish(
         chosen,
         extras,
@@ -189,8 +192,7 @@ def _table(
         masks,
     )
     tables = values(finish, CellGrid(trees[0].shape, 1), *trees)
-    nothing = None if masks is None else masks.nothing(collect.nothing(grid.ndim))
-    return frame_of(tables, finish.frame(collect.nothing(grid.ndim), nothing))
+    return frame_of(tables, finish.frame(*empty))
 
 
 def _trees(
@@ -425,7 +427,9 @@ def _grid_of_labels(item: Input, cell_shape: Any) -> CellGrid:
 def _checked_spacing(spacing: Any, ndim: int) -> tuple[float, ...]:
     if spacing is None:
         return (1.0,) * ndim
-    steps = tuple(map(float, spacing)) if isinstance(spacing, Iterable) else (float(spacing),) * ndim
+    steps = (
+        tuple(map(float, spacing)) if isinstance(spacing, Iterable) else (float(spacing),) * ndim
+    )
     if len(steps) != ndim or not all(isfinite(step) and step > 0 for step in steps):
         raise ValueError(
             f"spacing must be a number above 0, or one for each of {ndim} axes, got {spacing!r}"
@@ -444,5 +448,7 @@ def _extra(given: Any, has_image: bool) -> Extra:
     if extra.name in PROPERTIES or extra.name in MASK_PROPERTIES:
         raise ValueError(f"extra property {extra.name} has the name of another; rename it")
     if extra.needs_image and not has_image:
-        raise ValueError(f"extra property {extra.name} needs the image: region_table(labels, image)")
+        raise ValueError(
+            f"extra property {extra.name} needs the image: region_table(labels, image)"
+        )
     return extra
