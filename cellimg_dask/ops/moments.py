@@ -123,18 +123,18 @@ def eigenvalues(tensors: Floats) -> Floats:
         return np.zeros(tensors.shape[:2])
     values: Floats = np.linalg.eigvalsh(tensors)[:, ::-1]
     # Rounded, some are a little below 0.
-    np.maximum(values, 0.0, out=values)
-    return values
+    result: Floats = np.maximum(values, 0.0)
+    return result
 
 
 def axis_lengths(values: Floats) -> tuple[Floats, Floats]:
     """Return the longest and the shortest axis of the ellipses with these eigenvalues."""
     if values.shape[1] == 2:
         lengths: Floats = 4 * np.sqrt(values)
-        return lengths[:, 0], lengths[:, 1]
-    first, second, third = values.T
-    squares = np.stack([first + second - third, second + third - first], axis=1)
-    lengths = np.sqrt(10 * np.maximum(squares, 0.0))
+    else:
+        first, second, third = values.T
+        squares = np.stack([first + second - third, second + third - first], axis=1)
+        lengths = np.asarray(np.sqrt(10 * np.maximum(squares, 0.0)))
     return lengths[:, 0], lengths[:, 1]
 
 
