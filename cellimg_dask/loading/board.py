@@ -553,6 +553,10 @@ def begin(
     context.run(priority.set, urgency)
     job.flight = current_flight()
     if not elsewhere:
+        parts_first = loader.parts_to_prepare()
+        if parts_first is not None:
+            whole = Roi.of_shape(parts_first.grid.shape)
+            job.when_over(begin(parts_first, whole, urgency, keep=False).cancel)
         board.post(job, missing, parts)
         crew.call_hands()
         return job

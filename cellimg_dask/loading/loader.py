@@ -334,13 +334,29 @@ class CellLoader:
 
         These are values of whole images, such as the root of a tree of tables.
         """
+        return [image.load_after(0) for image in self._needed_by_all()]
+
+    def parts_to_prepare(self) -> CellLoader | None:
+        """Return an image whose cells several threads can compute to the same end, if need be."""
+        missing = [image for image in self._needed_by_all() if image.peek(0) is None]
+        upstream = {
+            above.grid.num_cells: above
+            for image in missing
+            for above in image.ancestry()
+            if above.dtype.hasobject and above.grid.num_cells > 1
+        }
+        # The largest pieces of which there are enough: what is made from them need not be kept.
+        enough = [count for count in upstream if count >= 8 * self.crew().num_threads]
+        return upstream[min(enough) if enough else max(upstream)] if upstream else None
+
+    def _needed_by_all(self) -> list[CellLoader]:
         if self._shared is None:
             self._shared = [
                 image
                 for image in self.ancestry()
                 if image.dtype.hasobject and image.grid.num_cells == 1
             ]
-        return [image.load_after(0) for image in self._shared]
+        return self._shared
 
     def load_after(self, index: int) -> NDArray[Any]:
         """Return a cell; if it is made from values, after these, in several threads."""

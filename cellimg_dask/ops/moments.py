@@ -110,7 +110,7 @@ def inertia_tensors(count: NDArray[Any], second: Floats) -> Floats:
     """
     ndim = second.shape[1]
     own = np.einsum("naa->na", second)
-    result = -second / count[:, None, None]
+    result: Floats = -second / count[:, None, None]
     # About an axis turns what is away from it along the others.
     total = own.sum(axis=1, keepdims=True)
     result[:, range(ndim), range(ndim)] = (total - own) / count[:, None]
@@ -121,10 +121,10 @@ def eigenvalues(tensors: Floats) -> Floats:
     """Return the eigenvalues of inertia tensors, largest first, shape ``(objects, axes)``."""
     if not len(tensors):
         return np.zeros(tensors.shape[:2])
-    values: Floats = np.linalg.eigvalsh(tensors)[:, ::-1]
+    values: Floats = np.array(np.linalg.eigvalsh(tensors)[:, ::-1], np.float64)
     # Rounded, some are a little below 0.
-    result: Floats = np.maximum(values, 0.0)
-    return result
+    values[values < 0] = 0
+    return values
 
 
 def axis_lengths(values: Floats) -> tuple[Floats, Floats]:

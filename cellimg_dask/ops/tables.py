@@ -16,6 +16,7 @@ from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import Input, as_input
 from cellimg_dask.image.values import cell_values
+from cellimg_dask.ops.frames import frame_of
 from cellimg_dask.ops.masks import Extra, Masks, MeasureMasks, merge_masks, select_masks
 from cellimg_dask.ops.objects import Objects, Wants, measure, merge, select
 from cellimg_dask.ops.properties import (
@@ -28,7 +29,7 @@ from cellimg_dask.ops.properties import (
 )
 from cellimg_dask.ops.trees import group_shape
 from cellimg_dask.queues.block_queue import BlockQueue
-from cellimg_dask.state.cache import CellCache
+from cellimg_dask.state.cache import CellCache, get_cache
 
 if TYPE_CHECKING:
     import dask.dataframe
@@ -155,10 +156,12 @@ def _table(
     queue: BlockQueue | None,
 ) -> dask.dataframe.DataFrame:
     """Return the data frame; the arguments are checked."""
-    from cellimg_dask.ops.frames import frame_of
+
+    # What all partitions are picked from has to be kept.
+    keep = get_cache() if cache is None and npartitions > 1 else cache
 
     def values(f: Callable[[Block], Any], cells: CellGrid, *inputs: Any, **more: Any) -> CellImg:
-        return cell_values(f, cells, *inputs, cache=cache, queue=queue, **more)
+        return cell_values(f, cells, *inputs, cache=keep, queue=queue, **more)
 
     channels = None if picture is None else picture.channels
     collect = _Collect(
@@ -192,7 +195,12 @@ def _table(
         masks,
     )
     tables = values(finish, CellGrid(trees[0].shape, 1), *trees)
-    return frame_of(tables, finish.frame(*empty))
+    return frame_of(tables, finish.frame(*empty), _copied)
+
+
+def _copied(table: pd.DataFrame) -> pd.DataFrame:
+    # Whoever gets it may write into it, and the cache has the other.
+    return table.copy()
 
 
 def _trees(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 import cellimg_dask as ci
+from cellimg_dask.loading.crew import usable_cores
 
 
 def same_objects(found: NDArray[Any], expected: NDArray[Any]) -> bool:
@@ -228,3 +230,44 @@ def test_dask_gives_what_the_image_gives() -> None:
     labels = ci.label(mask, cell_shape=7)
     (found,) = dask.compute(labels)
     np.testing.assert_array_equal(found, labels[...])
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="one core")
+@pytest.mark.parametrize("how", ["read", "request", "dask"])
+def test_blocks_are_labelled_by_several_threads_at_once(how: str) -> None:
+    both = threading.Barrier(2)
+
+    def segment(a: NDArray[Any]) -> NDArray[Any]:
+        # Nobody gets on alone.
+        both.wait(60)
+        return np.asarray(ndimage.label(a)[0])
+
+    labels = ci.map_labels(
+        segment, mask_of((16, 16)), halo=1, cell_shape=4, cache=ci.CellCache(1 << 24)
+    )
+    if how == "read":
+        labels[...]
+    elif how == "request":
+        labels.request().result(60)
+    else:
+        labels.to_dask().compute(scheduler="threads", num_workers=2)
+
+
+def test_deep_trees_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    for number in range(60):
+        mask, structure, cells = random_case(rng)
+        consecutive = bool(number % 2)
+        settings: dict[str, Any] = {"cell_shape": cells, "consecutive": consecutive}
+        flat = ci.label(mask, structure, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr("cellimg_dask.ops.labels.fan", lambda ndim: 2)
+            deep = ci.label(mask, structure, **settings)
+        found = deep[...]
+        assert same_objects(found, ndimage.label(mask, structure)[0])
+        assert deep.num_objects() == flat.num_objects()
+        if consecutive:
+            every = np.arange(1, deep.num_objects() + 1)
+            np.testing.assert_array_equal(np.unique(found[found > 0]), every)
+        else:
+            np.testing.assert_array_equal(found, flat[...])
