@@ -156,7 +156,6 @@ def _table(
     queue: BlockQueue | None,
 ) -> dask.dataframe.DataFrame:
     """Return the data frame; the arguments are checked."""
-
     # What all partitions are picked from has to be kept.
     keep = get_cache() if cache is None and npartitions > 1 else cache
 
