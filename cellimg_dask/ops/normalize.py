@@ -14,7 +14,6 @@ from cellimg_dask.geometry import CellGrid, Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import as_axes, fill_cells, grid_of, map_cells
 from cellimg_dask.image.input import Input, as_input
-from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.histograms import quantiles
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache
@@ -78,11 +77,10 @@ def normalize(
     axis = None
     if channel_axis is not None:
         (axis,) = as_axes(channel_axis, len(item.shape), "channel_axis")
-    limits = limits_of(item, (low, high), axis, cache=cache, queue=queue)
     return map_cells(
-        _scaled_by,
+        scaled,
         item,
-        limits,
+        *limits_of(item, (low, high), axis, cache=cache, queue=queue),
         dtype=np.float32,
         cell_shape=cell_shape,
         params={"eps": float(eps), "clip": bool(clip)},
@@ -98,13 +96,13 @@ def limits_of(
     *,
     cache: CellCache | str | None,
     queue: BlockQueue | None,
-) -> Input:
-    """Return the lazy image of one voxel, a pair of arrays: what `scaled` is to make 0 and 1.
+) -> tuple[Input, Input]:
+    """Return what `scaled` is to make 0, and what 1: lazy images that broadcast to the image.
 
-    They are float32 and broadcast to blocks of the image, of which each has all channels.
+    They are float32 and have one voxel for each channel.
     """
     low, high = _checked(percentiles)
-    array, ndim = Input(item.array, version=item.version), len(item.shape)
+    array = Input(item.array, version=item.version)
     channels: list[Any] = [array]
     if channel_axis is not None:
         cells = grid_of(None, [array], (channel_axis,))
@@ -125,15 +123,20 @@ def limits_of(
         quantiles(channel, [low / 100, high / 100], cache=cache, queue=queue).image
         for channel in channels
     ]
-    one = CellGrid((1,), (1,))
-    found = cell_values(
-        _Limits(ndim, channel_axis),
-        one,
-        *(Input(pair, halo=0, index_map=_FirstVoxel(pair.ndim)) for pair in pairs),
-        cache=cache,
-        queue=queue,
-    )
-    return Input(found, halo=0, boundary="none", index_map=_FirstVoxel(1))
+    shape = tuple(n if axis == channel_axis else 1 for axis, n in enumerate(item.shape))
+    found = [
+        fill_cells(
+            _Side(side),
+            CellGrid(shape, tuple(max(1, n) for n in shape)),
+            *(Input(pair, halo=0, index_map=_FirstVoxel(pair.ndim)) for pair in pairs),
+            dtype=np.float32,
+            cache=cache,
+            queue=queue,
+        )
+        for side in (0, 1)
+    ]
+    # Where the image goes on beyond its border, so do its percentiles.
+    return Input(found[0], boundary="edge"), Input(found[1], boundary="edge")
 
 
 def scaled(
@@ -165,30 +168,19 @@ def _checked(percentiles: Any) -> tuple[float, float]:
     return low, high
 
 
-def _scaled_by(
-    array: NDArray[Any], limits: NDArray[np.object_], *, eps: float, clip: bool
-) -> NDArray[np.float32]:
-    return scaled(array, *limits.item(), eps=eps, clip=clip)
-
-
 def _copy(block: Block) -> None:
     block.data[...] = block.inputs[0].reshape(block.shape)
 
 
 @dataclass(frozen=True)
-class _Limits:
-    """Puts the percentiles of all channels side by side, as blocks have them."""
+class _Side:
+    """Puts the lower or the upper percentile of all channels side by side."""
 
-    ndim: int
-    channel_axis: int | None
+    side: int
 
-    def __call__(self, block: Block) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        shape = [1] * self.ndim
-        if self.channel_axis is not None:
-            shape[self.channel_axis] = len(block.inputs)
-        found = np.array([pair.item() for pair in block.inputs], np.float32).reshape(-1, 2)
-        low, high = (np.ascontiguousarray(found[:, side]).reshape(shape) for side in (0, 1))
-        return low, high
+    def __call__(self, block: Block) -> None:
+        found = [pair.item()[self.side] for pair in block.inputs]
+        block.data[...] = np.reshape(found, block.shape)
 
 
 @dataclass(frozen=True)

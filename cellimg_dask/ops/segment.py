@@ -137,12 +137,12 @@ def segment(
     ndim = max(len(item.shape) for item in items)
     dropped = () if channel_axis is None else as_axes(channel_axis, ndim, "channel_axis")
     multiples = as_ints(multiple_of, "multiple_of", ndim=ndim - len(dropped), minimum=1)
-    limits = []
+    limits: list[Any] = []
     if normalize is not None:
         for item in items:
             own = [axis - ndim + len(item.shape) for axis in dropped]
             channels = own[0] if own and own[0] >= 0 else None
-            limits.append(limits_of(item, normalize, channels, cache=cache, queue=queue))
+            limits.extend(limits_of(item, normalize, channels, cache=cache, queue=queue))
     one_at_a_time = load_model is not None if lock is None else bool(lock)
     return map_labels(
         Segmenter(
@@ -181,7 +181,7 @@ class Segmenter:
     has_model: bool
     one_at_a_time: bool
     num_images: int
-    """So many of the arrays are blocks; the limits of their intensities follow, if any."""
+    """So many of the arrays are blocks; what is to be 0 and 1 in each follows, if anything."""
     dropped: tuple[int, ...]
     """The axis of channels, if there is one, in the image with the most axes."""
     multiples: tuple[int, ...]
@@ -199,7 +199,8 @@ class Segmenter:
         """Return the labels of a block."""
         given, limits = arrays[: self.num_images], arrays[self.num_images :]
         if limits:
-            blocks = [scaled(a, *b.item()) for a, b in zip(given, limits, strict=True)]
+            ends = zip(given, limits[::2], limits[1::2], strict=True)
+            blocks = [scaled(array, low, high) for array, low, high in ends]
         else:
             blocks = [array.copy() for array in given]
         whole = np.broadcast_shapes(*(block.shape for block in blocks))
