@@ -172,14 +172,22 @@ class ArrayFunction:
 class FillFunction:
     """A function of a `Block` that writes into ``block.data`` and returns nothing.
 
-    With a ``grid`` messages name the cells of that one, which stand for those of the image.
+    With a ``grid`` messages name the cells of that one, which stand for those of the image. With
+    ``in_place`` the function writes every voxel, into whatever memory it is given.
     """
 
     fresh = True
 
-    def __init__(self, function: Callable[[Block], None], grid: CellGrid | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[[Block], None],
+        grid: CellGrid | None = None,
+        *,
+        in_place: bool = False,
+    ) -> None:
         self.function = function
         self.grid = grid
+        self.in_place = in_place
         self.name = function_name(function)
 
     def apply(
@@ -191,7 +199,9 @@ class FillFunction:
         out: NDArray[Any] | None,
     ) -> NDArray[Any]:
         """Call ``function(block)``; see `BlockFunction.apply`."""
-        if out is None or not out.flags.carray:
+        if self.in_place:
+            out = np.empty(plan.shape, dtype) if out is None else out
+        elif out is None or not out.flags.carray:
             # Reshaping block.data has to give a view, as it does for any new array.
             out = np.zeros(plan.shape, dtype)
         else:
@@ -211,7 +221,7 @@ class FillFunction:
 
     def bound(self, bind: Callable[[Any], Any]) -> FillFunction:
         """Return the same with another function; see `BlockFunction.bound`."""
-        return FillFunction(bound_function(self.function, bind), self.grid)
+        return FillFunction(bound_function(self.function, bind), self.grid, in_place=self.in_place)
 
 
 class ValueFunction:

@@ -418,7 +418,7 @@ def _stitched(
         blocks.array if isinstance(blocks, Input) else blocks, index_map=BlockOfCell(layout)
     )
     final = make_image(
-        FillFunction(LookUpIds(linking, size)),
+        FillFunction(LookUpIds(linking, size), in_place=True),
         grid,
         [core, told],
         [item.plan(number, None, 0, "none", 0) for number, item in enumerate((core, told))],

@@ -210,7 +210,12 @@ class LookUpIds:
         )
         ids = self.linking.final_ids(told.item(), _place(position, self.size), position, in_core)
         # No label lies outside; to clip is several times as fast as to look.
-        np.take(ids, labels, out=block.data, mode="clip")
+        if block.data.flags.c_contiguous:
+            np.take(ids, labels, out=block.data, mode="clip")
+            return
+        # A part of a larger array is written plane by plane, by way of the processor's cache.
+        for plane, given in zip(block.data, labels, strict=True):
+            plane[...] = np.take(ids, given, mode="clip")
 
 
 @dataclass(frozen=True)
