@@ -50,14 +50,20 @@ class Holder:
         state = _states[self]
         if self.make is None or state.made:
             return state.value
+        failures = state.failures
         with state.making:
+            if state.failures > failures:
+                # It failed while this thread waited for it.
+                raise InitError(state.error)
             if not state.made:
                 try:
                     state.value = self.make()
                 except (Exception, SystemExit) as error:
-                    raise InitError(
+                    state.failures += 1
+                    state.error = (
                         f"load_model failed with {describe(error)}; no block was segmented"
-                    ) from error
+                    )
+                    raise InitError(state.error) from error
                 state.made = True
         return state.value
 
@@ -73,6 +79,8 @@ class _State:
         self.lock = threading.RLock()
         self.making = threading.Lock()
         self.made = False
+        self.failures = 0
+        self.error = ""
         self.value: Any = None
 
 
