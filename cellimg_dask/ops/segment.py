@@ -134,14 +134,15 @@ def segment(
     if not images:
         raise TypeError("segment needs at least one image")
     items = [as_input(image) for image in images]
-    ndim = max(len(item.shape) for item in items)
+    plain = tuple(number for number, item in enumerate(items) if item.index_map is None)
+    ndim = max((len(items[number].shape) for number in plain), default=0)
     dropped = () if channel_axis is None else as_axes(channel_axis, ndim, "channel_axis")
     multiples = as_ints(multiple_of, "multiple_of", ndim=ndim - len(dropped), minimum=1)
     limits: list[Any] = []
     if normalize is not None:
-        for item in items:
+        for number, item in enumerate(items):
             own = [axis - ndim + len(item.shape) for axis in dropped]
-            channels = own[0] if own and own[0] >= 0 else None
+            channels = own[0] if own and own[0] >= 0 and number in plain else None
             limits.extend(limits_of(item, normalize, channels, cache=cache, queue=queue))
     one_at_a_time = load_model is not None if lock is None else bool(lock)
     return map_labels(
@@ -151,6 +152,7 @@ def segment(
             load_model is not None,
             one_at_a_time,
             len(items),
+            plain,
             dropped,
             multiples,
         ),
@@ -182,6 +184,8 @@ class Segmenter:
     one_at_a_time: bool
     num_images: int
     """So many of the arrays are blocks; what is to be 0 and 1 in each follows, if anything."""
+    plain: tuple[int, ...]
+    """Which of them follow the labels; others have a geometry of their own."""
     dropped: tuple[int, ...]
     """The axis of channels, if there is one, in the image with the most axes."""
     multiples: tuple[int, ...]
@@ -203,11 +207,12 @@ class Segmenter:
             blocks = [scaled(array, low, high) for array, low, high in ends]
         else:
             blocks = [array.copy() for array in given]
-        whole = np.broadcast_shapes(*(block.shape for block in blocks))
+        whole = np.broadcast_shapes(*(blocks[number].shape for number in self.plain))
         extents = [n for axis, n in enumerate(whole) if axis not in self.dropped]
         missing = [-n % step for n, step in zip(extents, self.multiples, strict=True)]
         if any(missing):
-            blocks = [self._enlarged(block, missing, whole) for block in blocks]
+            for number in self.plain:
+                blocks[number] = self._enlarged(blocks[number], missing, whole)
         model: tuple[Any, ...] = ()
         if self.has_model:
             assert self.holder is not None

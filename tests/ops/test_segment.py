@@ -285,6 +285,30 @@ def test_channels_may_be_several_images() -> None:
     assert same_objects(labels[...], predict(*whole)[0])
 
 
+def test_an_image_of_another_geometry_is_given_as_it_is_mapped() -> None:
+    weights = np.linspace(1, 2, FLAT.shape[0]).astype("f4")
+    rows = ci.Input(weights, halo=[9], index_map=lambda roi: ci.Roi(roi.start[:1], roi.stop[:1]))
+
+    def predict(block: NDArray[Any], weight: NDArray[Any]) -> Any:
+        assert block.shape[0] % 4 == 0
+        return ndimage.label(block[: weight.size] * weight[:, np.newaxis] > 100)[0]
+
+    expected, _ = ndimage.label(FLAT * weights[:, np.newaxis] > 100)
+    padded = ci.Input(FLAT, boundary="none")
+    labels = segment(
+        lambda block, weight: np.pad(
+            predict(block, weight), [(0, block.shape[0] - weight.size), (0, 0)]
+        ),
+        padded,
+        rows,
+        halo=9,
+        multiple_of=(4, 1),
+        link="components",
+        cell_shape=50,
+    )
+    assert same_objects(labels[...], expected)
+
+
 # ---------------------------------------------------------------- blocks as networks want them
 
 
