@@ -28,6 +28,7 @@ __all__ = [
     "BlockFunction",
     "FillFunction",
     "ValueFunction",
+    "bound_function",
     "current_worker",
     "function_name",
     "working_as",
@@ -220,7 +221,7 @@ class FillFunction:
 
     def bound(self, bind: Callable[[Any], Any]) -> FillFunction:
         """Return the same with another function; see `BlockFunction.bound`."""
-        return FillFunction(_bound(self.function, bind), self.grid, in_place=self.in_place)
+        return FillFunction(bound_function(self.function, bind), self.grid, in_place=self.in_place)
 
 
 class ValueFunction:
@@ -255,10 +256,10 @@ class ValueFunction:
 
     def bound(self, bind: Callable[[Any], Any]) -> ValueFunction:
         """Return the same with another function; see `BlockFunction.bound`."""
-        return ValueFunction(_bound(self.function, bind), self.grid)
+        return ValueFunction(bound_function(self.function, bind), self.grid)
 
 
-def _bound(function: Any, bind: Callable[[Any], Any]) -> Any:
+def bound_function(function: Any, bind: Callable[[Any], Any]) -> Any:
     """Bind a function; what only wraps the user's has a method ``bound`` of its own."""
     inner = getattr(function, "bound", None)
     return bind(function) if inner is None else inner(bind)

@@ -37,6 +37,7 @@ from cellimg_dask.loading.readers import (
 )
 from cellimg_dask.loading.running import Queue
 from cellimg_dask.loading.source import MemoryReader, StoredReader
+from cellimg_dask.loading.trees import load_values
 from cellimg_dask.state.cache import CellCache, OutdatedError, Shelf
 from cellimg_dask.state.disk import DiskCells
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
@@ -283,7 +284,8 @@ class CellLoader:
         """Fill ``out`` with the region ``start`` to ``stop``, which lies in the image.
 
         A region of more than half the cache's bound goes past the cache: cells that are held
-        are used, others are computed straight into ``out`` and not kept.
+        are used, others are computed straight into ``out`` and not kept. Python objects always
+        go through it, since ``out`` does not show how large they are.
         """
         count, parts = tiles(self.grid, start, stop)
         if count <= _GATHER_AT_ONCE:
@@ -299,8 +301,11 @@ class CellLoader:
             if not missing:
                 return
             count, parts = len(missing), iter(missing)
-        self.prepare()
-        keep = 2 * out.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
+        # Held until the end, however small the cache is.
+        shared = self.prepare()
+        keep = (
+            self.dtype.hasobject or 2 * out.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
+        )
         if self._cells is not None:
             places = {index: (source, target) for index, source, target in parts}
             with closing(self._fetch(list(places), keep=keep)) as cells:
@@ -309,9 +314,11 @@ class CellLoader:
                     out[target] = value[source]
             return
 
+        load = self.load_after if self.dtype.hasobject else self.load
+
         def through_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
             index, source, target = part
-            out[target] = self.load(index)[source]
+            out[target] = load(index)[source]
 
         def past_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
             index, source, target = part
@@ -320,14 +327,14 @@ class CellLoader:
             self._compute_into(index, source, view)
 
         self.crew().run(parts, through_cache if keep else past_cache, count)
+        del shared
 
-    def prepare(self) -> None:
+    def prepare(self) -> list[NDArray[Any]]:
         """Compute what all cells need, before several threads wait for one that computes it.
 
-        These are values of whole images upstream, such as the root of a tree of tables.
+        These are values of whole images, such as the root of a tree of tables.
         """
-        for image in self._needed_by_all():
-            image.load(0)
+        return [image.load_after(0) for image in self._needed_by_all()]
 
     def parts_to_prepare(self) -> CellLoader | None:
         """Return an image whose cells several threads can compute to the same end, if need be."""
@@ -347,9 +354,19 @@ class CellLoader:
             self._shared = [
                 image
                 for image in self.ancestry()
-                if image.dtype.hasobject and image.grid.num_cells == 1 and image is not self
+                if image.dtype.hasobject and image.grid.num_cells == 1
             ]
         return self._shared
+
+    def load_after(self, index: int) -> NDArray[Any]:
+        """Return a cell; if it is made from values, after these, in several threads."""
+        return load_values(self, index) if self._is_made_from_values else self.load(index)
+
+    @cached_property
+    def _is_made_from_values(self) -> bool:
+        return any(
+            reader.dtype.hasobject for reader in self.readers if isinstance(reader, ImageReader)
+        )
 
     def gather(self, indices: Iterable[int]) -> list[NDArray[Any] | None]:
         """Return those cells of this edition that are in memory, None for the others."""
@@ -412,6 +429,10 @@ class CellLoader:
         if self.shelf.edition <= self.edition or not self.isolated or not self.has_changed(index):
             return held
         return None if self._aside is None else self._aside.peek(index)
+
+    def is_loading(self, index: int) -> bool:
+        """Whether some thread computes a cell at the moment, of this edition or another."""
+        return self.shelf.is_loading(index)
 
     def forget_elsewhere(self, shelf: Shelf, cells: Collection[int]) -> None:
         """Have those who compute whole cells forget some, that are kept here on ``shelf``."""

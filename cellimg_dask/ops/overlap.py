@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from cellimg_dask.blocks.plan import Region
 from cellimg_dask.geometry import CellGrid, Halo, Roi
 
-__all__ = ["BlockOfCell", "CellOfBlock", "SideBySide"]
+__all__ = ["BlockOfCell", "CellOfBlock", "SideBySide", "WithAxes"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,20 @@ class CellOfBlock:
             tuple(1 if one else high for one, high in zip(wide, cell.stop[skip:], strict=True)),
         )
 
+    def under(self, box: Roi) -> Region:
+        """Return what lies in the input under a box of the image."""
+        skip = self.layout.grid.ndim - len(self.shape)
+        return tuple(
+            ((low, high) if extent == whole else (0, extent),)
+            for low, high, extent, whole in zip(
+                box.start[skip:],
+                box.stop[skip:],
+                self.shape,
+                self.layout.grid.shape[skip:],
+                strict=True,
+            )
+        )
+
 
 @dataclass(frozen=True)
 class BlockOfCell:
@@ -104,3 +119,31 @@ class BlockOfCell:
             )
         )
         return Roi(start, tuple(map(sum, zip(start, cell.shape, strict=True))))
+
+
+@dataclass(frozen=True)
+class WithAxes:
+    """From a block to a box that has some axes more, of which all is read."""
+
+    place: CellOfBlock
+    """What gives the box without these axes."""
+    axes: tuple[int, ...]
+    """Where they are, sorted."""
+    extents: tuple[int, ...]
+    """How long they are."""
+
+    def __call__(self, roi: Roi) -> Roi:
+        """Return the box with the axes."""
+        box = self.place(roi)
+        start, stop = list(box.start), list(box.stop)
+        for axis, extent in zip(self.axes, self.extents, strict=True):
+            start.insert(axis, 0)
+            stop.insert(axis, extent)
+        return Roi(tuple(start), tuple(stop))
+
+    def under(self, box: Roi) -> Region:
+        """Return what lies in the input under a box of the image."""
+        region = list(self.place.under(box))
+        for axis, extent in zip(self.axes, self.extents, strict=True):
+            region.insert(axis, ((0, extent),))
+        return tuple(region)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
-from cellimg_dask.blocks.functions import function_name
+from cellimg_dask.blocks.functions import bound_function, function_name
 from cellimg_dask.geometry import CellGrid, Halo, Roi
 from cellimg_dask.ops.linking import Down, Joined, Linking
 from cellimg_dask.ops.overlap import SideBySide
@@ -113,7 +113,7 @@ class FindObjects:
 
     def bound(self, bind: Callable[[Any], Any]) -> FindObjects:
         """Return the same with another function."""
-        return replace(self, function=bind(self.function))
+        return replace(self, function=bound_function(self.function, bind))
 
     def __call__(self, block: Block) -> None:
         """Call the function, check what it returns, and write it."""

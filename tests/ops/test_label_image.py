@@ -193,3 +193,16 @@ def test_stored_blocks_that_were_written_are_stitched_again(mask: Any) -> None:
     stored[8:16, 8:16] = 0
     labels.invalidate(np.s_[4:8, 4:8])
     np.testing.assert_array_equal(labels[...], ci.stitch(stored.copy(), grid, 2)[...])
+
+
+def test_axes_that_labels_lack_are_invalidated_whole(mask: Any) -> None:
+    stack = np.stack([mask, mask[::-1]])
+
+    def both(a: NDArray[Any]) -> NDArray[Any]:
+        return components(a.all(0))
+
+    labels = ci.map_labels(both, stack, halo=1, drop_axis=0, cell_shape=4, link="components")
+    assert same_objects(labels[...], components(stack.all(0)))
+    stack[1] = True
+    labels.invalidate()
+    assert same_objects(labels[...], components(mask))
