@@ -42,6 +42,16 @@ def frame_of(
         import dask.dataframe as dd
 
         return dd.from_pandas(meta, npartitions=1)
+    unknown = [
+        name
+        for name, dtype in meta.dtypes.items()
+        if dtype == "category" and not len(dtype.categories)
+    ]
+    if unknown:
+        # Each cell has those that occur in it, which is not the same as that there are none.
+        from dask.dataframe.utils import clear_known_categories
+
+        meta = clear_known_categories(meta, cols=unknown)
     return new_collection(FromCells(Cells.of(image, meta, make)))
 
 

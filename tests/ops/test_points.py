@@ -361,6 +361,22 @@ def test_nothing_may_be_written_in_many_ways(nothing: Any) -> None:
 
 # dask's own writing has not heard of pandas 3.1 yet.
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.set_index")
+def test_categories_that_cells_find_go_to_parquet_and_back(tmp_path: Path) -> None:
+    def f(array: NDArray[Any]) -> dict[str, Any]:
+        (x,) = np.nonzero(array)
+        return {"x": x, "kind": [f"k{n}" for n in x]}
+
+    image = np.zeros(40, bool)
+    image[[3, 24, 35, 37]] = True
+    frame = map_points(f, image, columns={"kind": "category"}, axes=["x"], cell_shape=10)
+    assert not frame["kind"].cat.known
+    frame.to_parquet(tmp_path / "points", compute_kwargs={"scheduler": "sync"})
+    back = pd.read_parquet(tmp_path / "points")
+    assert back["kind"].tolist() == ["k3", "k4", "k5", "k7"]
+    assert frame.compute(scheduler="sync")["kind"].tolist() == ["k3", "k4", "k5", "k7"]
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.set_index")
 def test_columns_of_any_dtype_go_to_parquet_and_back(tmp_path: Path) -> None:
     kind = pd.CategoricalDtype(["round", "long"])
 
