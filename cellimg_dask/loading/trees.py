@@ -63,7 +63,7 @@ def load_values(loader: ValueLoader, index: int) -> NDArray[Any]:
     if loader.queue is None or loader.queue.cells is None:
         walk = _Walk()
         crew = loader.crew()
-        crew.run(walk.ready((loader, index), None), walk.load, crew.num_threads)
+        crew.run(walk.ready((loader, index)), walk.load, crew.num_threads)
         there = walk.held.get((loader, index))
         if there is not None:
             return there
@@ -83,12 +83,18 @@ class _Walk:
         self.held: dict[Node, NDArray[Any]] = {}
         """Values on the way up, which are kept so, however small the cache is."""
 
-    def ready(self, node: Node, parent: Node | None) -> Iterator[Node]:
+    def ready(self, root: Node) -> Iterator[Node]:
         """Yield the values that can be computed at once, for one that is not there."""
-        mine = _Open(parent, list(_children(*node)))
-        with self._lock:
-            self._open[node] = mine
-        for child in mine.children:
+        # Without recursion: values may be made from values deeper than Python's stack.
+        stack = [self._begun(root, None)]
+        while stack:
+            node, mine, rest = stack[-1]
+            child = next(rest, None)
+            if child is None:
+                stack.pop()
+                if self._arrived(node):
+                    yield node
+                continue
             image, number = child
             there = image.peek(number)
             if there is not None:
@@ -96,9 +102,13 @@ class _Walk:
             elif not image.is_loading(number) and child not in self._open:
                 with self._lock:
                     mine.missing += 1
-                yield from self.ready(child, node)
-        if self._arrived(node):
-            yield node
+                stack.append(self._begun(child, node))
+
+    def _begun(self, node: Node, parent: Node | None) -> tuple[Node, _Open, Iterator[Node]]:
+        mine = _Open(parent, list(_children(*node)))
+        with self._lock:
+            self._open[node] = mine
+        return node, mine, iter(mine.children)
 
     def load(self, node: Node) -> None:
         """Compute a value, and what can be computed thereupon."""

@@ -41,11 +41,13 @@ def num_bytes(value: Any) -> int:
         elif isinstance(item, (list, tuple, set, frozenset)):
             stack.extend(item)
         elif isinstance(getattr(type(item), "nbytes", None), property):
-            # It says it itself.
-            total += int(item.nbytes)
+            # It says it itself, or fails, which must not spoil the result.
+            with suppress(Exception):
+                total += int(item.nbytes)
         elif callable(getattr(type(item), "memory_usage", None)):
             # A data frame of pandas, which says it itself.
-            total += int(np.sum(item.memory_usage(deep=True)))
+            with suppress(Exception):
+                total += int(np.sum(item.memory_usage(deep=True)))
         else:
             stack.extend(_attributes(item))
     return total

@@ -517,3 +517,21 @@ def test_values_on_request() -> None:
     assert "sum" in repr(values.graph())
     assert "object" in repr(values)
     assert values._repr_html_()
+
+
+def test_chains_of_values_may_be_longer_than_the_stack() -> None:
+    grid, cache = ci.CellGrid((3,), 1), ci.CellCache(1 << 26)
+    chain = cell_values(lambda block: int(block.inputs[0][0]), grid, np.arange(3), cache=cache)
+    for _ in range(1200):
+        chain = cell_values(lambda block: block.inputs[0].item() + 1, grid, chain, cache=cache)
+    assert chain[...].tolist() == [1200, 1201, 1202]
+
+
+def test_what_cannot_say_how_large_it_is_is_a_value() -> None:
+    class Closed:
+        @property
+        def nbytes(self) -> int:
+            raise OSError("the file is closed")
+
+    values = cell_values(lambda block: Closed(), ci.CellGrid((2,), 1))
+    assert [type(value) for value in values[...]] == [Closed, Closed]
