@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cellimg_dask.blocks.block import Block
-from cellimg_dask.blocks.functions import FillFunction
+from cellimg_dask.blocks.functions import BlockCode, FillFunction
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary, parse_index
 from cellimg_dask.image.cellimg import CellImg, check_parameter, image_arrived
 from cellimg_dask.image.define import as_axes, common_shape, grid_of, make_image
@@ -70,8 +70,9 @@ def map_labels(
     ----------
     f : callable
         From arrays, halo included, to integer labels of the same size, 0 for background, or a mask
-        for one object; without the axes in ``drop_axis``. It may number objects as it likes. Called
-        as ``f(*arrays, **params)``.
+        for one object; without the axes in ``drop_axis``. It may number objects as it likes, but
+        the same for the same arrays: it is called again for blocks that the cache does not hold.
+        Called as ``f(*arrays, **params)``.
     *inputs : array-like or Input
         As in `map_cells`; they have the image's shape, or broadcast to it. One with an
         ``index_map`` may have a halo of its own.
@@ -115,6 +116,8 @@ def map_labels(
     >>> ci.map_labels(segment, image, halo=1, cell_shape=3, consecutive=True)[:]
     array([0, 1, 1, 1, 0, 0, 2, 2], dtype=uint64)
     """
+    if isinstance(f, BlockCode):
+        raise TypeError("BlockCode returns nothing; give a function that returns labels")
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}; the function comes first")
     if not inputs:

@@ -206,3 +206,8 @@ def test_axes_that_labels_lack_are_invalidated_whole(mask: Any) -> None:
     stack[1] = True
     labels.invalidate()
     assert same_objects(labels[...], components(mask))
+
+
+def test_code_that_returns_nothing_finds_no_labels(mask: Any) -> None:
+    with pytest.raises(TypeError, match="BlockCode returns nothing"):
+        ci.map_labels(ci.BlockCode("block.data[...] = 1"), mask, halo=1)
