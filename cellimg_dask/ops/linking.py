@@ -379,7 +379,8 @@ def shared_labels(
     common = np.bincount(where, lengths)
     left, right = found // wide, found % wide
     union = np.bincount(a)[left] + np.bincount(b)[right] - common
-    enough = common > threshold * union
+    # A quotient is rounded like the number that somebody wrote; 0.29 * 100 is less than 29.
+    enough = common / union > threshold
     return left[enough], right[enough]
 
 

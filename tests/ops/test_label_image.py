@@ -14,6 +14,7 @@ from scipy import ndimage
 
 import cellimg_dask as ci
 from cellimg_dask.ops.labels import BlockLabels
+from cellimg_dask.ops.linking import shared_labels
 
 
 def same_objects(found: NDArray[Any], expected: NDArray[Any]) -> bool:
@@ -211,3 +212,14 @@ def test_axes_that_labels_lack_are_invalidated_whole(mask: Any) -> None:
 def test_code_that_returns_nothing_finds_no_labels(mask: Any) -> None:
     with pytest.raises(TypeError, match="BlockCode returns nothing"):
         ci.map_labels(ci.BlockCode("block.data[...] = 1"), mask, halo=1)
+
+
+def test_a_threshold_that_is_met_exactly_is_not_exceeded() -> None:
+    for total in range(1, 101):
+        for common in range(1, total + 1):
+            first = np.repeat([1, 1], [common, total - common])
+            second = np.repeat([1, 0], [common, total - common])
+            threshold = float(f"{common / total:.12g}")
+            if threshold == common / total:
+                assert not shared_labels(first, second, threshold)[0].size
+            assert shared_labels(first, second, threshold - 1e-9)[0].size
