@@ -32,6 +32,9 @@ class RunReport:
     """Stored bytes, compressed."""
     peak_memory: int = 0
     """Most bytes that this process had in memory."""
+    passes: list[RunReport] = field(default_factory=list)
+    """Of images that had to be there as a whole first. What failed there is in ``failed``, too;
+    then no cell of the target was computed."""
 
     @property
     def ok(self) -> bool:
@@ -53,6 +56,7 @@ class RunReport:
             "seconds": round(self.seconds, 3),
             "bytes_written": self.bytes_written,
             "peak_memory": self.peak_memory,
+            "passes": [done.as_dict() for done in self.passes],
         }
 
     def as_json(self) -> bytes:

@@ -1,4 +1,4 @@
-"""`run`: a whole image into a zarr array, to be trusted and carried on."""
+"""`run`: a whole image into a zarr array, or a table into parquet, to be trusted and carried on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from time import perf_counter
@@ -15,8 +16,10 @@ from urllib.parse import urlsplit
 
 from cellimg_dask.batch.folder import is_url, open_folder
 from cellimg_dask.batch.lock import RunLock
-from cellimg_dask.batch.manifest import Manifest
+from cellimg_dask.batch.manifest import Manifest, pass_of
 from cellimg_dask.batch.order import neighbours_together
+from cellimg_dask.batch.parquet import TableLayout, TableTarget
+from cellimg_dask.batch.passes import needed_whole, reading_instead, runs_here, with_values
 from cellimg_dask.batch.report import RunReport
 from cellimg_dask.batch.target import Layout, Target
 from cellimg_dask.batch.watch import Watch
@@ -29,23 +32,23 @@ from cellimg_dask.loading.crew import Crew, usable_cores
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.memory import Room
 from cellimg_dask.loading.priorities import BACKGROUND, priority
-from cellimg_dask.loading.readers import ChunkedReader
-from cellimg_dask.loading.together import cells_together
+from cellimg_dask.loading.readers import ChunkedReader, Reader, make_reader
+from cellimg_dask.loading.together import Together, cells_together
 from cellimg_dask.queues.block_queue import BlockQueue
-from cellimg_dask.state.cache import CellCache, memory_bytes
+from cellimg_dask.state.cache import CellCache, get_cache, memory_bytes
 
 __all__ = ["run", "threads_for"]
 
 
 def run(
-    img: CellImg,
+    img: Any,
     target: str | os.PathLike[str],
     *,
     queue: BlockQueue | None = None,
     resume: bool = True,
     overwrite: bool = False,
     retries: int = 2,
-    progress: bool = True,
+    progress: bool | str = True,
     chunks: Any = None,
     sharded: bool | None = None,
     compressor: str | None = "zstd",
@@ -61,13 +64,19 @@ def run(
     May be killed at any moment. The next run with the same target computes what is missing,
     damaged, or made by another computation, and nothing else.
 
+    Where all cells of an image have to be known before the first cell of ``img`` can be, as with
+    the labels that are stitched, that image is computed and stored first, in the same way, in
+    ``<target>.run/pass1.zarr``. It stays, so that after a change only what was touched is computed
+    again; once the target is done it may be deleted.
+
     Parameters
     ----------
-    img : CellImg
-        The image.
+    img : CellImg or dask data frame
+        The image, or the table that `map_points` or `region_table` returned.
     target : path or URL
-        A zarr v3 array, created if it is not there: a local folder or whatever fsspec and zarr
-        can write. Markers, lock and report lie beside it, in ``<target>.run``.
+        A zarr v3 array, for a table a folder of parquet files, one for each cell, that pandas and
+        dask read as one. It is created if it is not there: a local folder or whatever fsspec and
+        zarr can write. Markers, lock and report lie beside it, in ``<target>.run``.
     queue : BlockQueue, optional
         Where blocks run; default: the image's own queue, else threads.
     resume : bool
@@ -76,14 +85,14 @@ def run(
         Whether a target that exists is removed first.
     retries : int
         How often a cell that fails is tried again.
-    progress : bool
-        Whether a bar with rate and time left is shown on standard error.
+    progress : bool or str
+        Whether a bar with rate and time left is shown on standard error; a text stands before it.
     chunks : int or ints, optional
         Shape of the chunks, which divide the cells; default: one chunk per cell.
     sharded : bool, optional
         Whether the chunks of a cell are stored as one shard; default: where a cell has several.
     compressor : {"zstd", "blosc", "gzip", None}
-        How chunks are compressed.
+        How chunks are compressed; those of parquet cannot be by blosc.
     level : int, optional
         Level of the compressor; default: 1 for zstd, 5 for the others.
     fill_value : scalar
@@ -131,71 +140,195 @@ def run(
     >>> zarr.open_array(f"{folder}/out.zarr")[:]
     array([ 0, -1, -2, -3, -4, -5])
     """
-    if not isinstance(img, CellImg):
-        raise TypeError(f"img must be a CellImg, got {type(img).__name__}")
     if verify not in ("checksums", "sizes"):
         raise ValueError(f'verify must be "checksums" or "sizes", got {verify!r}')
-    retries = as_int(retries, "retries", minimum=0)
-    began = perf_counter()
-    where = _where(target)
-    loader = _alone(img.loader.pinned(), queue)
-    layout = Layout.of(
-        loader.grid,
-        loader.dtype,
-        chunks=chunks,
-        sharded=sharded,
-        compressor=compressor,
-        level=level,
-        fill_value=fill_value,
-    )
-    _forget_files(loader)
-    keys = ContentKeys(loader)
-    if loader.grid.num_cells:
-        # Refuses inputs that cannot be compared, before anything is made.
-        with_keys(loader, keys, [0])
-    crew = _crew(loader.queue)
+    if not isinstance(progress, (bool, str)):
+        raise TypeError(f"progress must be a bool, or a text for the bar, got {progress!r}")
     if max_memory is not None:
         max_memory = as_int(max_memory, "max_memory", minimum=1)
-    rooms = _rooms(loader.queue, crew, max_memory)
-    together = cells_together(loader, cells_per_call, rooms)
-    for room in set(rooms):
-        room.check(loader if together is None else together.coarse)
-    manifest = Manifest(where)
-    with closing(crew), RunLock(manifest.folder, where) as lock:
-        _create(layout, where, manifest, resume=resume, overwrite=overwrite)
-        for folder in (manifest.folder, open_folder(where)):
-            folder.sweep()
-        stored = Target(where, loader.grid)
-        committer = Committer(loader, together, stored, manifest, lock.permit, retries)
-        report = RunReport(where, loader.grid.num_cells)
-        todo = _missing(committer, keys, report, crew, checksums=verify == "checksums")
-        try:
-            with _bar(report.num_cells, report.skipped, progress) as advance:
+    image, meta = _image_and_meta(img)
+    loader = _alone(image.loader.pinned(), queue)
+    layout: Layout | TableLayout
+    if meta is None:
+        layout = Layout.of(
+            loader.grid,
+            loader.dtype,
+            chunks=chunks,
+            sharded=sharded,
+            compressor=compressor,
+            level=level,
+            fill_value=fill_value,
+        )
+    else:
+        for name, value in (("chunks", chunks), ("sharded", sharded)):
+            if value is not None:
+                raise ValueError(f"{name} is for images; a table has one part per cell")
+        layout = TableLayout.of(loader.grid, meta, compressor, level)
+    _forget_files(loader)
+    going = _Run(
+        queue,
+        as_int(retries, "retries", minimum=0),
+        verify == "checksums",
+        max_memory,
+        timeout_s,
+        progress is not False,
+    )
+    return going.fill(
+        loader,
+        ContentKeys(loader),
+        layout,
+        _where(target),
+        resume=resume,
+        overwrite=overwrite,
+        cells_per_call=cells_per_call,
+        name=progress if isinstance(progress, str) else None,
+    )
 
-                def record(outcome: Outcome) -> None:
-                    if outcome.error is None:
-                        report.computed += 1
-                        report.bytes_written += outcome.nbytes
-                    else:
-                        # The error's own position may be that of a cell upstream.
-                        position = loader.grid.position(outcome.index)
-                        report.failed[position] = outcome.error
-                    advance()
 
-                order = neighbours_together(loader.grid, todo)
-                groups = [[i] for i in order] if together is None else together.groups(order)
-                if loader.queue is not None and loader.queue.cells is not None:
-                    from cellimg_dask.batch.on_cluster import compute_on_cluster
+def _image_and_meta(img: Any) -> tuple[CellImg, Any]:
+    """Return what is to be computed, and of a table one without rows, else None."""
+    if isinstance(img, CellImg):
+        return img, None
+    # A data frame that is read from the cells of an image, and nothing else, knows them.
+    cells: Any = getattr(getattr(img, "expr", None), "cells", None)
+    image = getattr(cells, "image", None)
+    if isinstance(image, CellImg):
+        return image, cells.meta
+    if type(img).__module__.startswith("dask.dataframe"):
+        raise TypeError(
+            "img is a data frame that dask has computed from others: run the one that map_points "
+            "or region_table returned, and go on from there, or use its to_parquet"
+        )
+    raise TypeError(
+        f"img must be a CellImg, or a data frame of map_points or region_table, got "
+        f"{type(img).__name__}"
+    )
 
-                    cells: Any = loader.queue.cells
-                    compute_on_cluster(cells, committer, groups, keys, timeout_s, record)
+
+@dataclass(frozen=True)
+class _Run:
+    """How a run, and those that it needs first, go about it."""
+
+    queue: BlockQueue | None
+    """Where blocks run; None: each image's own."""
+    retries: int
+    checksums: bool
+    max_memory: int | None
+    timeout_s: float
+    progress: bool
+
+    def fill(
+        self,
+        loader: CellLoader,
+        keys: ContentKeys,
+        layout: Layout | TableLayout,
+        where: str,
+        *,
+        resume: bool = True,
+        overwrite: bool = False,
+        replace: bool = False,
+        cells_per_call: Any = None,
+        name: str | None = None,
+    ) -> RunReport:
+        """Fill a target; with ``replace`` another array that may be there makes way."""
+        began = perf_counter()
+        first = needed_whole(loader)
+        for image in first or [loader]:
+            if image.grid.num_cells:
+                # Refuses inputs that cannot be compared, before anything is made.
+                with_keys(image, keys.of(image), [0])
+        crew = _crew(loader.queue)
+        rooms = _rooms(loader.queue, crew, self.max_memory)
+        together = cells_together(loader, cells_per_call, rooms)
+        for room in set(rooms):
+            room.check(loader if together is None else together.coarse)
+        manifest = Manifest(where)
+        with closing(crew), RunLock(manifest.folder, where) as lock:
+            _create(layout, where, manifest, resume=resume, overwrite=overwrite, replace=replace)
+            for folder in (manifest.folder, open_folder(where)):
+                folder.sweep()
+            stored = layout.target(where)
+            report = RunReport(where, loader.grid.num_cells)
+            todo = _missing(loader, stored, manifest, keys, report, crew, checksums=self.checksums)
+            try:
+                if todo and first:
+                    loader = self._first(loader, first, keys, report, overwrite=overwrite)
+                if todo and not report.failed:
+                    loader = with_values(loader)
+                    if together is not None:
+                        together = Together(loader, together.per_call)
+                    committer = Committer(
+                        loader, together, stored, manifest, lock.permit, self.retries
+                    )
+                    self._compute(committer, keys, todo, report, crew, name)
+            finally:
+                report.seconds = perf_counter() - began
+                report.peak_memory = _peak_memory()
+                manifest.folder.write("report.json", report.as_json())
+        return report
+
+    def _first(
+        self,
+        loader: CellLoader,
+        images: Sequence[CellLoader],
+        keys: ContentKeys,
+        report: RunReport,
+        *,
+        overwrite: bool,
+    ) -> CellLoader:
+        """Store images of which cells and something of the whole are needed; read them there."""
+        stored: dict[CellLoader, Reader] = {}
+        for number, image in enumerate(images, 1):
+            where = pass_of(report.target, number)
+            done = self.fill(
+                _alone(reading_instead(image, stored), self.queue),
+                keys.of(image),
+                Layout.of(image.grid, image.dtype),
+                where,
+                overwrite=overwrite,
+                replace=True,
+                name=image.function.name,
+            )
+            report.passes.append(done)
+            report.failed |= done.failed
+            if not done.ok:
+                break
+            stored[image] = _reader_of(where)
+        return reading_instead(loader, stored)
+
+    def _compute(
+        self,
+        committer: Committer,
+        keys: ContentKeys,
+        todo: list[int],
+        report: RunReport,
+        crew: Crew,
+        name: str | None,
+    ) -> None:
+        """Compute and commit cells, and record what became of them."""
+        loader, together = committer.loader, committer.together
+        with _bar(report.num_cells, report.skipped, self.progress, name) as advance:
+
+            def record(outcome: Outcome) -> None:
+                if outcome.error is None:
+                    report.computed += 1
+                    report.bytes_written += outcome.nbytes
                 else:
-                    _compute(committer, groups, keys, crew, Watch(loader.grid, timeout_s), record)
-        finally:
-            report.seconds = perf_counter() - began
-            report.peak_memory = _peak_memory()
-            manifest.folder.write("report.json", report.as_json())
-    return report
+                    # The error's own position may be that of a cell upstream.
+                    position = loader.grid.position(outcome.index)
+                    report.failed[position] = outcome.error
+                advance()
+
+            order = neighbours_together(loader.grid, todo)
+            groups = [[i] for i in order] if together is None else together.groups(order)
+            if loader.queue is None or loader.queue.cells is None or runs_here(loader):
+                watch = Watch(loader.grid, self.timeout_s)
+                _compute(committer, groups, keys, crew, watch, record)
+            else:
+                from cellimg_dask.batch.on_cluster import compute_on_cluster
+
+                cells: Any = loader.queue.cells
+                compute_on_cluster(cells, committer, groups, keys, self.timeout_s, record)
 
 
 def _where(target: str | os.PathLike[str]) -> str:
@@ -262,50 +395,49 @@ def _rooms(queue: Any, crew: Crew, max_memory: int | None) -> list[Room]:
 
 
 def _create(
-    layout: Layout, where: str, manifest: Manifest, *, resume: bool, overwrite: bool
+    layout: Layout | TableLayout,
+    where: str,
+    manifest: Manifest,
+    *,
+    resume: bool,
+    overwrite: bool,
+    replace: bool,
 ) -> None:
-    array = _existing(where, manifest)
-    if array is not None and not overwrite:
+    there = layout.existing(where, by_a_run=manifest.folder.read("layout.json") is not None)
+    if there is not None and not overwrite:
         if not resume:
             raise FileExistsError(
                 f"{where} exists; resume=True carries it on, overwrite=True replaces it"
             )
         if manifest.folder.read("layout.json") is None:
             raise FileExistsError(f"{where} was not made by a run: overwrite=True replaces it")
-        differences = layout.differences(array)
-        if differences:
+        differences = layout.differences(there)
+        if not differences:
+            return
+        if not replace:
             raise FileExistsError(
-                f"{where} is another array ({'; '.join(differences)}): give another target, or "
-                f"overwrite=True to replace it"
+                f"{where} is another {layout.noun} ({'; '.join(differences)}): give another "
+                f"target, or overwrite=True to replace it"
             )
-        return
     # Old markers go before the new array comes, so that they never vouch for it.
     for index in list(manifest.marked()):
         manifest.withdraw(index)
     # Before the array, so that whoever is killed in between is known for a run.
     manifest.folder.write("layout.json", layout.as_json())
-    layout.create(where, overwrite=overwrite)
+    layout.create(where, overwrite=overwrite or there is not None)
 
 
-def _existing(where: str, manifest: Manifest) -> Any:
-    """Return the array at a path or URL, None where there is nothing but what a run left."""
+def _reader_of(where: str) -> Reader:
+    """Return a reader of an array that a run has filled."""
     import zarr
 
-    try:
-        return zarr.open_array(where, mode="r")
-    except (FileNotFoundError, NotADirectoryError, zarr.errors.BaseZarrError):
-        is_file = not is_url(where) and os.path.isfile(where)  # noqa: PTH113 - is a string
-        something = is_file or next(open_folder(where).names(""), None) is not None
-        if something and (is_file or manifest.folder.read("layout.json") is None):
-            # Not even to be overwritten: it may be anything.
-            raise FileExistsError(
-                f"{where} exists and is no zarr array; give another target, or a path in it"
-            ) from None
-        return None
+    return make_reader(zarr.open_array(where, mode="r"), get_cache())
 
 
 def _missing(
-    committer: Committer,
+    loader: CellLoader,
+    stored: Target | TableTarget,
+    manifest: Manifest,
     keys: ContentKeys,
     report: RunReport,
     crew: Crew,
@@ -313,7 +445,6 @@ def _missing(
     checksums: bool,
 ) -> list[int]:
     """Return the cells that have to be computed."""
-    loader, stored, manifest = committer.loader, committer.stored, committer.manifest
     marked = set(manifest.marked())
     todo = [index for index in range(report.num_cells) if index not in marked]
     lock = threading.Lock()
@@ -380,13 +511,13 @@ def _close_queues(loader: CellLoader) -> None:
 
 
 @contextmanager
-def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[], object]]:
+def _bar(total: int, done: int, show: bool, name: str | None) -> Iterator[Callable[[], object]]:
     if not show:
         yield lambda: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, initial=done, unit="cell", file=sys.stderr) as bar:
+    with tqdm(total=total, initial=done, desc=name, unit="cell", file=sys.stderr) as bar:
         yield bar.update
 
 

@@ -115,6 +115,37 @@ class Layout:
             zarr_format=3,
         )
 
+    @property
+    def noun(self) -> str:
+        """What messages call a target."""
+        return "array"
+
+    def target(self, where: str) -> Target:
+        """Return the array that was created."""
+        return Target(where, self.grid)
+
+    def existing(self, where: str, *, by_a_run: bool) -> Any:
+        """Return the array at a path or URL, None where there is nothing but what a run left.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something else.
+        """
+        import zarr
+
+        try:
+            return zarr.open_array(where, mode="r")
+        except (FileNotFoundError, NotADirectoryError, zarr.errors.BaseZarrError):
+            is_file = not is_url(where) and Path(where).is_file()
+            something = is_file or next(open_folder(where).names(""), None) is not None
+            if something and (is_file or not by_a_run):
+                # Not even to be overwritten: it may be anything.
+                raise FileExistsError(
+                    f"{where} exists and is no zarr array; give another target, or a path in it"
+                ) from None
+            return None
+
     def as_json(self) -> bytes:
         """Return the layout as JSON text, for whoever asks for the state of a target."""
         content = {

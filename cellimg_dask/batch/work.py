@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.batch.lock import Permit
 from cellimg_dask.batch.manifest import Manifest
+from cellimg_dask.batch.parquet import TableTarget
 from cellimg_dask.batch.target import Target
 from cellimg_dask.blocks.content import NoContentError
 from cellimg_dask.blocks.errors import CellError, ReadError, describe
@@ -48,7 +49,7 @@ class Committer:
     """Of the image."""
     together: Together | None
     """Computes several cells in one call."""
-    stored: Target
+    stored: Target | TableTarget
     """Where cells are stored."""
     manifest: Manifest
     """Where they are marked."""

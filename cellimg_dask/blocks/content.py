@@ -252,7 +252,7 @@ class _Contents:
         # Constants are told where they are loaded: a docstring is not, and shifts the others.
         steps = [
             [s.opname, self.of(s.argval, name) if s.opcode in dis.hasconst else s.arg]
-            for s in dis.get_instructions(code)
+            for s in compiled.instructions(code)
         ]
         return [
             "code",
@@ -362,6 +362,7 @@ _NOT_CONTENT = frozenset(
         "__orig_bases__",
         "__parameters__",
         "__qualname__",
+        "__slotnames__",
         "__static_attributes__",
         "__weakref__",
         "_abc_impl",
@@ -421,7 +422,7 @@ def _wrapped(member: Any) -> Any:
 def _imported(code: CodeType, package: str | None) -> Iterator[str]:
     """Return the full names of the modules that code imports, and of what might be one."""
     for part in compiled.codes(code):
-        steps = list(dis.get_instructions(part))
+        steps = compiled.instructions(part)
         for number, step in enumerate(steps):
             if step.opname == "IMPORT_NAME":
                 level, members = (before.argval for before in steps[number - 2 : number])

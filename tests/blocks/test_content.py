@@ -710,6 +710,15 @@ def test_attributes_that_are_no_fields_count():
     assert of(one) != of(two) != of(Options(1))
 
 
+@pytest.mark.parametrize("head", ["", "    __slots__ = ('sigma',)\n"])
+def test_what_was_pickled_is_still_the_same(head):
+    options = defined(f"class Options:\n{head}    pass", "Options")()
+    options.sigma = 2
+    before = of(options)
+    options.__reduce_ex__(4)
+    assert of(options) == before
+
+
 def test_layout_in_memory_does_not_count(tmp_path):
     array = np.arange(24).reshape(2, 3, 4)
     assert of(array) == of(np.asfortranarray(array)) == of(np.arange(48)[::2].reshape(2, 3, 4) // 2)
