@@ -251,6 +251,9 @@ class _Run:
             report = RunReport(where, loader.grid.num_cells)
             todo = _missing(loader, stored, manifest, keys, report, crew, checksums=self.checksums)
             try:
+                if not todo:
+                    with _bar(report.num_cells, report.skipped, self.progress, name):
+                        pass
                 if todo and first:
                     loader = self._first(loader, first, keys, report, overwrite=overwrite)
                 if todo and not report.failed:

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellimg_dask.batch.folder import Folder, is_url, open_folder
+from cellimg_dask.batch.parquet import TableTarget
 from cellimg_dask.geometry import CellGrid, as_ints, tiles
 from cellimg_dask.image.input import checked_fill
 
-__all__ = ["Layout", "Target", "stored_grid"]
+__all__ = ["Layout", "Target", "open_target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +213,6 @@ def _cell_extent(grid: CellGrid) -> tuple[int, ...]:
     return tuple(min(cell, extent) if extent else cell for cell, extent in pairs)
 
 
-def stored_grid(folder: Folder) -> CellGrid | None:
-    """Return the cells of a target, as its run noted them; None where there was no run."""
-    content = folder.read("layout.json")
-    if content is None:
-        return None
-    found = json.loads(content)
-    return CellGrid(found["shape"], found["cell_shape"])
-
-
 class Target:
     """An array on the disk, and the stored objects of its cells.
 
@@ -348,3 +340,21 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_target(beside: Folder, where: str) -> Target | TableTarget | None:
+    """Return what a run has begun to write, None where there was no run.
+
+    Parameters
+    ----------
+    beside : Folder
+        Where the run has noted what it writes.
+    where : str
+        Path or URL of the target.
+    """
+    content = beside.read("layout.json")
+    if content is None:
+        return None
+    found = json.loads(content)
+    grid = CellGrid(found["shape"], found["cell_shape"])
+    return TableTarget(where, grid) if found.get("kind") == "parquet" else Target(where, grid)
