@@ -38,6 +38,9 @@ MODULES = {
     "dependents": "changing",
     "readers_and_editors": "changing",
     "write_back": "changing",
+    "components": "labelling",
+    "label_graph": "labelling",
+    "label_into_zarr": "labelling",
 }
 
 

@@ -15,8 +15,8 @@ pytest.importorskip("scipy")
 pytest.importorskip("distributed")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {"core": "abcdefgh", "queue": "abcde", "change": "abcde"}
-WITH_GOALS = {"core": "abcdefgh", "queue": "abde", "change": "abce"}
+ROWS = {"core": "abcdefgh", "queue": "abcde", "change": "abcde", "objects": "abcd"}
+WITH_GOALS = {"core": "abcdefgh", "queue": "abde", "change": "abce", "objects": "abd"}
 
 
 def run_benchmark(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -81,3 +81,10 @@ def test_an_unknown_row_is_refused_with_the_rows_there_are(program: str) -> None
     assert done.returncode == 2
     assert "no row z" in done.stderr
     assert ",".join(ROWS[program]) in done.stderr
+
+
+def test_a_quick_run_of_objects_counts_few_tasks(tmp_path: Path) -> None:
+    written = quick_run("objects", tmp_path / "values.json")
+    for row in "ab":
+        (tasks,) = [n for n in written[row] if n["what"] == "tasks per cell"]
+        assert tasks["reached"]

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cached_property
+from itertools import chain, product
 from math import prod
+from operator import add, mul, sub
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,14 +39,18 @@ class Bands:
 
     num_labels: int
     """The largest label."""
-    low: tuple[NDArray[Any], ...]
-    """Per axis the labels of the voxels that it shares with the block before."""
-    high: tuple[NDArray[Any], ...]
-    """Per axis the labels of the voxels that it shares with the block behind."""
+    ends: Sequence[tuple[NDArray[Any], NDArray[Any]]]
+    """Per axis the labels of the voxels that it shares with the block before, and that behind."""
     in_core: NDArray[np.bool_] | None
     """Per label whether it has voxels in the cell itself; None: it does not matter."""
     is_cut: NDArray[np.bool_] | None
     """Per label whether it has voxels in the cell, and may go on where the block ends."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = [*chain.from_iterable(self.ends), self.in_core, self.is_cut]
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,23 +108,28 @@ class Linking:
     consecutive: bool
     whole: bool = False
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """More than the labels of a block."""
         return prod(self.layout.blocks.cell_shape) + 1
 
     def first_id(self, position: tuple[int, ...]) -> int:
         """Return the id that label 0 of a block would have."""
-        return self.layout.grid.index(position) * self.stride
+        index: int = sum(map(mul, position, self.layout.grid.strides))
+        return index * self.stride
 
-    @property
-    def offsets(self) -> list[tuple[int, ...]]:
+    @cached_property
+    def _steps(self) -> list[_Step]:
         """Steps to the neighbours whose labels are compared, both ways."""
-        every = list(product((-1, 0, 1), repeat=self.layout.grid.ndim))
-        if self.threshold is None:
-            # Two voxels that touch lie both in the block that has the first along every axis.
-            every = [step for step in every if len(set(step) - {0}) == 1]
-        return [step for step in every if any(step)]
+        widths = self.layout.widths
+        steps = []
+        for ways in product((-1, 0, 1), repeat=len(widths)):
+            if self.threshold is None and len(set(ways) - {0}) > 1:
+                # Two voxels that touch lie both in the block that has the first along every axis.
+                continue
+            if any(ways) and all(width for way, width in zip(ways, widths, strict=True) if way):
+                steps.append(_Step.of(ways, widths))
+        return steps
 
     def in_core(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
         """Return per label whether it is in a cell, 0 to the largest; never for 0."""
@@ -133,26 +144,35 @@ class Linking:
     def bands(self, labels: NDArray[Any], position: tuple[int, ...]) -> Bands:
         """Return the bands of the block at ``position``."""
         layout, count = self.layout, int(labels.max(initial=0))
-        small = labels.astype(np.uint16 if count < 1 << 16 else np.uint32, copy=False)
-        low, high = [], []
+        if count >= self.stride:
+            raise ValueError(
+                f"a block has the label {count}, expected at most {self.stride - 1}, the number of "
+                f"its voxels: number the objects of each block from 1"
+            )
+        dtype = np.uint16 if count < 1 << 16 else np.uint32
+        ends = []
         for axis, width in enumerate(layout.widths):
             before: list[slice] = [slice(None)] * labels.ndim
             behind = list(before)
             before[axis] = slice(0, width)
             behind[axis] = slice(labels.shape[axis] - width, None)
-            low.append(np.ascontiguousarray(small[tuple(before)]))
-            high.append(np.ascontiguousarray(small[tuple(behind)]))
+            ends.append((labels[tuple(before)].astype(dtype), labels[tuple(behind)].astype(dtype)))
         if self.whole:
-            return Bands(count, tuple(low), tuple(high), None, None)
-        in_core = _present(small[layout.core(position)], count)
+            return Bands(count, ends, None, None)
+        in_core = _present(labels[layout.core(position)], count)
         is_cut = np.zeros(count + 1, np.bool_)
         grown = layout.grid.roi(position).grow(layout.halo)
         for axis, part in enumerate(layout.inside(position)):
             if grown.start[axis] > 0:
-                is_cut[small.take(part.start, axis)] = True
+                is_cut[labels.take(part.start, axis)] = True
             if grown.stop[axis] < layout.grid.shape[axis]:
-                is_cut[small.take(part.stop - 1, axis)] = True
-        return Bands(count, tuple(low), tuple(high), in_core, is_cut & in_core)
+                is_cut[labels.take(part.stop - 1, axis)] = True
+        if self.threshold is not None:
+            # A part of an instance that only the halo has may be taken for one with its neighbour,
+            # and would join these two for everybody.
+            own = np.where(in_core, np.arange(count + 1, dtype=dtype), dtype(0))
+            ends = [(own[low], own[high]) for low, high in ends]
+        return Bands(count, ends, in_core, is_cut & in_core)
 
     def join_blocks(self, bands: NDArray[np.object_], near: Roi, group: Roi) -> Joined:
         """Join what is linked in a group of neighbouring blocks.
@@ -167,17 +187,22 @@ class Linking:
         inner, outer = _Pairs(), _Pairs()
         for position in _positions(group):
             own = bands[_minus(position, near.start)]
-            for step in self.offsets:
-                beside = tuple(map(sum, zip(position, step, strict=True)))
+            first = self.first_id(position)
+            for step in self._steps:
+                beside = tuple(map(add, position, step.ways))
                 inside = _holds(group, beside)
-                if not _holds(near, beside) or (inside and step < (0,) * len(step)):
+                if (inside and not step.is_forward) or not (inside or _holds(near, beside)):
                     # What lies inside is found from the other side.
                     continue
                 other = bands[_minus(beside, near.start)]
-                mine, its = self._linked(own, other, step)
+                mine, its = shared_labels(
+                    own.ends[step.axis][step.is_high][step.mine],
+                    other.ends[step.axis][not step.is_high][step.its],
+                    self.threshold,
+                )
                 if mine.size:
                     pairs = inner if inside else outer
-                    pairs.left.append(_ids(own, mine, self.first_id(position)))
+                    pairs.left.append(_ids(own, mine, first))
                     pairs.right.append(_ids(other, its, self.first_id(beside)))
         left, right = inner.joined()
         own_ids, others = outer.joined()
@@ -284,22 +309,33 @@ class Linking:
         low, high = np.searchsorted(ids, np.array([first, first + self.stride], np.uint64))
         return slice(int(low), int(high))
 
-    def _linked(
-        self, own: Bands, other: Bands, step: tuple[int, ...]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the labels of two neighbours that are linked, pair by pair, each once."""
-        main = next(axis for axis, way in enumerate(step) if way)
-        own_part = own.high[main] if step[main] > 0 else own.low[main]
-        its_part = other.low[main] if step[main] > 0 else other.high[main]
-        mine, its = [slice(None)] * len(step), [slice(None)] * len(step)
-        for axis, (way, width) in enumerate(zip(step, self.layout.widths, strict=True)):
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """From a block to a neighbour, and where in their bands the voxels lie that both have."""
+
+    ways: tuple[int, ...]
+    """-1, 0 or 1 along each axis."""
+    is_forward: bool
+    """Whether the neighbour comes later in C order."""
+    axis: int
+    """Which band of the two."""
+    is_high: bool
+    """Whether it is the high one of the block, and the neighbour's low one."""
+    mine: tuple[slice, ...]
+    """Where in the block's band."""
+    its: tuple[slice, ...]
+    """Where in the neighbour's."""
+
+    @classmethod
+    def of(cls, ways: tuple[int, ...], widths: Sequence[int]) -> _Step:
+        main = next(axis for axis, way in enumerate(ways) if way)
+        mine, its = [slice(None)] * len(ways), [slice(None)] * len(ways)
+        for axis, (way, width) in enumerate(zip(ways, widths, strict=True)):
             if way and axis != main:
-                mine[axis], its[axis] = slice(0, width), slice(-width, None)
-                if way > 0:
-                    mine[axis], its[axis] = its[axis], mine[axis]
-        if not all(width for way, width in zip(step, self.layout.widths, strict=True) if way):
-            return _NO_LABELS, _NO_LABELS
-        return shared_labels(own_part[tuple(mine)], its_part[tuple(its)], self.threshold)
+                ends = slice(-width, None), slice(0, width)
+                mine[axis], its[axis] = ends if way > 0 else ends[::-1]
+        return cls(ways, ways > (0,) * len(ways), main, ways[main] > 0, tuple(mine), tuple(its))
 
 
 def _present(labels: NDArray[Any], num_labels: int) -> NDArray[np.bool_]:
@@ -395,8 +431,11 @@ def _positions(roi: Roi) -> Iterator[tuple[int, ...]]:
 
 
 def _minus(position: Sequence[int], start: Sequence[int]) -> tuple[int, ...]:
-    return tuple(p - s for p, s in zip(position, start, strict=True))
+    return tuple(map(sub, position, start))
 
 
 def _holds(roi: Roi, position: Sequence[int]) -> bool:
-    return all(a <= p < b for a, p, b in zip(roi.start, position, roi.stop, strict=True))
+    for low, at, high in zip(roi.start, position, roi.stop, strict=True):
+        if not low <= at < high:
+            return False
+    return True

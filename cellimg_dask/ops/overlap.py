@@ -37,7 +37,7 @@ class SideBySide:
             tuple(cell + width for cell, width in zip(self.grid.cell_shape, widths, strict=True)),
         )
 
-    @property
+    @cached_property
     def widths(self) -> tuple[int, ...]:
         """How far neighbours overlap along each axis."""
         return tuple(map(sum, zip(self.halo.before, self.halo.after, strict=True)))

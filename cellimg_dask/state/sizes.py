@@ -39,6 +39,9 @@ def num_bytes(value: Any) -> int:
             stack.extend(item.values())
         elif isinstance(item, (list, tuple, set, frozenset)):
             stack.extend(item)
+        elif isinstance(getattr(item, "nbytes", None), int):
+            # It says it itself.
+            total += item.nbytes
         elif hasattr(item, "memory_usage"):
             # A data frame of pandas, which says it itself.
             total += int(np.sum(item.memory_usage(deep=True)))

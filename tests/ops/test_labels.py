@@ -251,3 +251,23 @@ def test_blocks_are_labelled_by_several_threads_at_once(how: str) -> None:
         labels.request().result(60)
     else:
         labels.to_dask().compute(scheduler="threads", num_workers=2)
+
+
+def test_deep_trees_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    for number in range(60):
+        mask, structure, cells = random_case(rng)
+        consecutive = bool(number % 2)
+        settings: dict[str, Any] = {"cell_shape": cells, "consecutive": consecutive}
+        flat = ci.label(mask, structure, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr("cellimg_dask.ops.labels.fan", lambda ndim: 2)
+            deep = ci.label(mask, structure, **settings)
+        found = deep[...]
+        assert same_objects(found, ndimage.label(mask, structure)[0])
+        assert deep.num_objects() == flat.num_objects()
+        if consecutive:
+            every = np.arange(1, deep.num_objects() + 1)
+            np.testing.assert_array_equal(np.unique(found[found > 0]), every)
+        else:
+            np.testing.assert_array_equal(found, flat[...])
