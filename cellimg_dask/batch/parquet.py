@@ -13,6 +13,7 @@ import google_crc32c
 from numpy.typing import NDArray
 
 from cellimg_dask.batch.folder import is_url, open_folder
+from cellimg_dask.blocks.content import digest, value_content
 from cellimg_dask.geometry import CellGrid
 
 __all__ = ["TableLayout", "TableTarget"]
@@ -25,7 +26,9 @@ class TableLayout:
     """How a table is stored: every part with the same schema, empty ones too."""
 
     grid: CellGrid
-    """Cells of the image of tables."""
+    """Cells of the image whose cells become tables."""
+    make: Callable[[Any], Any]
+    """From the value of a cell to its table, a data frame of pandas."""
     schema: Any
     """Of Arrow, with what pandas wants to know."""
     compression: str
@@ -35,14 +38,21 @@ class TableLayout:
 
     @classmethod
     def of(
-        cls, grid: CellGrid, meta: Any, compressor: str | None, level: int | None
+        cls,
+        grid: CellGrid,
+        make: Callable[[Any], Any],
+        meta: Any,
+        compressor: str | None,
+        level: int | None,
     ) -> TableLayout:
         """Return a checked layout.
 
         Parameters
         ----------
         grid : CellGrid
-            Of the image of tables.
+            Of the image whose cells become tables.
+        make : callable
+            From the value of a cell to its table, a `pandas.DataFrame`.
         meta : pandas.DataFrame
             A table without rows.
         compressor, level
@@ -53,7 +63,7 @@ class TableLayout:
                 f"parquet knows no compressor {compressor!r}; use one of "
                 f"{', '.join(map(repr, _COMPRESSIONS))}"
             )
-        return cls(grid, _schema_of(meta), _COMPRESSIONS[compressor], level)
+        return cls(grid, make, _schema_of(meta), _COMPRESSIONS[compressor], level)
 
     @property
     def noun(self) -> str:
@@ -62,7 +72,18 @@ class TableLayout:
 
     def target(self, where: str) -> TableTarget:
         """Return the folder that was created."""
-        return TableTarget(where, self.grid, self.schema, self.compression, self.level)
+        return TableTarget(where, self.grid, self.make, self.schema, self.compression, self.level)
+
+    def content(self) -> str:
+        """Return what a table depends on beside the value of its cell.
+
+        Raises
+        ------
+        NoContentError
+            If that cannot be compared.
+        """
+        kinds = [(field.name, str(field.type)) for field in self.schema]
+        return digest([value_content(self.make, "the table"), kinds])
 
     def create(self, where: str, *, overwrite: bool) -> None:
         """Create the folder, empty."""
@@ -135,7 +156,9 @@ class TableTarget:
     where: str
     """Path or URL."""
     grid: CellGrid
-    """Cells of the image of tables."""
+    """Cells of the image whose cells become tables."""
+    make: Callable[[Any], Any] | None = None
+    """From the value of a cell to its table; needed only for writing."""
     schema: Any = None
     """Of Arrow; needed only for writing."""
     compression: str = "zstd"
@@ -152,9 +175,8 @@ class TableTarget:
         """Store a cell, and return what there is to wait for: nothing."""
         import pyarrow as pa
 
-        table = data.item()
-        if not isinstance(table, pa.Table):
-            table = pa.Table.from_pandas(table, schema=self.schema)
+        assert self.make is not None
+        table = pa.Table.from_pandas(self.make(data.item()), schema=self.schema)
         open_folder(self.where).write(self.name(index), self.encoded(table))
         return _nothing
 

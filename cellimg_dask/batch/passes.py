@@ -17,7 +17,7 @@ from cellimg_dask.blocks.errors import CellError
 from cellimg_dask.loading.loader import CellLoader, ImageReader
 from cellimg_dask.loading.readers import ArrayReader, Reader
 
-__all__ = ["needed_whole", "reading_instead", "runs_here", "with_values"]
+__all__ = ["needed_whole", "reading_instead", "runs_here", "values_from_voxels", "with_values"]
 
 
 def needed_whole(loader: CellLoader) -> list[CellLoader]:
@@ -56,6 +56,22 @@ def reading_instead(loader: CellLoader, readers: Mapping[CellLoader, Reader]) ->
         same = all(new is old for new, old in zip(instead, image.readers, strict=True))
         copies[image] = image if same else image.reading(instead)
     return copies[loader]
+
+
+def values_from_voxels(loader: CellLoader) -> list[CellLoader]:
+    """Return the images of values that are made from voxels and go into the values of an image.
+
+    That is the work; what is made from them are small things.
+    """
+    found: dict[CellLoader, None] = {}
+    todo = [loader] if loader.dtype.hasobject else []
+    while todo:
+        image = todo.pop()
+        above = image.upstream()
+        if len(above) < len(image.readers) or not all(each.dtype.hasobject for each in above):
+            found[image] = None
+        todo += [each for each in above if each.dtype.hasobject and each not in found]
+    return list(found)
 
 
 def runs_here(loader: CellLoader) -> bool:

@@ -19,11 +19,17 @@ from cellimg_dask.batch.lock import RunLock
 from cellimg_dask.batch.manifest import Manifest, pass_of
 from cellimg_dask.batch.order import neighbours_together
 from cellimg_dask.batch.parquet import TableLayout, TableTarget
-from cellimg_dask.batch.passes import needed_whole, reading_instead, runs_here, with_values
+from cellimg_dask.batch.passes import (
+    needed_whole,
+    reading_instead,
+    runs_here,
+    values_from_voxels,
+    with_values,
+)
 from cellimg_dask.batch.report import RunReport
 from cellimg_dask.batch.target import Layout, Target
 from cellimg_dask.batch.watch import Watch
-from cellimg_dask.batch.work import Committer, Outcome, with_keys
+from cellimg_dask.batch.work import Committer, Keys, Outcome, TableKeys, with_keys
 from cellimg_dask.blocks.errors import NoWorkersError
 from cellimg_dask.geometry import as_int
 from cellimg_dask.image.cellimg import CellImg
@@ -37,7 +43,7 @@ from cellimg_dask.loading.together import Together, cells_together
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache, memory_bytes
 
-__all__ = ["run", "threads_for"]
+__all__ = ["image_and_table", "run", "threads_for"]
 
 
 def run(
@@ -146,10 +152,10 @@ def run(
         raise TypeError(f"progress must be a bool, or a text for the bar, got {progress!r}")
     if max_memory is not None:
         max_memory = as_int(max_memory, "max_memory", minimum=1)
-    image, meta = _image_and_meta(img)
+    image, table = image_and_table(img)
     loader = _alone(image.loader.pinned(), queue)
     layout: Layout | TableLayout
-    if meta is None:
+    if table is None:
         layout = Layout.of(
             loader.grid,
             loader.dtype,
@@ -163,7 +169,7 @@ def run(
         for name, value in (("chunks", chunks), ("sharded", sharded)):
             if value is not None:
                 raise ValueError(f"{name} is for images; a table has one part per cell")
-        layout = TableLayout.of(loader.grid, meta, compressor, level)
+        layout = TableLayout.of(loader.grid, table.make, table.meta, compressor, level)
     _forget_files(loader)
     going = _Run(
         queue,
@@ -173,9 +179,10 @@ def run(
         timeout_s,
         progress is not False,
     )
+    keys = ContentKeys(loader)
     return going.fill(
         loader,
-        ContentKeys(loader),
+        TableKeys(keys, layout.content()) if isinstance(layout, TableLayout) else keys,
         layout,
         _where(target),
         resume=resume,
@@ -185,15 +192,15 @@ def run(
     )
 
 
-def _image_and_meta(img: Any) -> tuple[CellImg, Any]:
-    """Return what is to be computed, and of a table one without rows, else None."""
+def image_and_table(img: Any) -> tuple[CellImg, Any]:
+    """Return the image to be computed, and of a table what is made of its cells, else None."""
     if isinstance(img, CellImg):
         return img, None
     # A data frame that is read from the cells of an image, and nothing else, knows them.
     cells: Any = getattr(getattr(img, "expr", None), "cells", None)
     image = getattr(cells, "image", None)
     if isinstance(image, CellImg):
-        return image, cells.meta
+        return image, cells
     if type(img).__module__.startswith("dask.dataframe"):
         raise TypeError(
             "img is a data frame that dask has computed from others: run the one that map_points "
@@ -220,7 +227,7 @@ class _Run:
     def fill(
         self,
         loader: CellLoader,
-        keys: ContentKeys,
+        keys: Keys,
         layout: Layout | TableLayout,
         where: str,
         *,
@@ -241,6 +248,8 @@ class _Run:
         rooms = _rooms(loader.queue, crew, self.max_memory)
         together = cells_together(loader, cells_per_call, rooms)
         for room in set(rooms):
+            for image in values_from_voxels(loader):
+                room.check(image)
             room.check(loader if together is None else together.coarse)
         manifest = Manifest(where)
         with closing(crew), RunLock(manifest.folder, where) as lock:
@@ -274,7 +283,7 @@ class _Run:
         self,
         loader: CellLoader,
         images: Sequence[CellLoader],
-        keys: ContentKeys,
+        keys: Keys,
         report: RunReport,
         *,
         overwrite: bool,
@@ -302,7 +311,7 @@ class _Run:
     def _compute(
         self,
         committer: Committer,
-        keys: ContentKeys,
+        keys: Keys,
         todo: list[int],
         report: RunReport,
         crew: Crew,
@@ -441,7 +450,7 @@ def _missing(
     loader: CellLoader,
     stored: Target | TableTarget,
     manifest: Manifest,
-    keys: ContentKeys,
+    keys: Keys,
     report: RunReport,
     crew: Crew,
     *,
@@ -478,7 +487,7 @@ def _missing(
 def _compute(
     committer: Committer,
     groups: Sequence[Sequence[int]],
-    keys: ContentKeys,
+    keys: Keys,
     crew: Crew,
     watch: Watch,
     record: Callable[[Outcome], None],

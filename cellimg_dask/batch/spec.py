@@ -16,6 +16,7 @@ __all__ = [
     "ImageStage",
     "InputSpec",
     "LabelsStage",
+    "PointsStage",
     "QueueSpec",
     "Settings",
     "SlurmSpec",
@@ -32,6 +33,7 @@ assert set(Boundary.__args__) == set(BOUNDARIES)  # type: ignore[attr-defined]
 Width = Annotated[int, Field(ge=0)]
 Halo = Width | list[Width | tuple[Width, Width]]
 Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[float, Field(gt=0)]
 
 
 class _Model(BaseModel):
@@ -135,7 +137,7 @@ class Stage(Settings):
 
     target: str | None = None
     """Path or URL of the zarr array to write."""
-    compressor: Literal["zstd", "blosc", "gzip", "none"] = "zstd"
+    compressor: str = "zstd"
     """How the target is compressed."""
     level: int | None = None
     """How hard the compressor tries."""
@@ -199,6 +201,8 @@ class _FromBlocks(Stage):
 class _Voxels(_FromBlocks):
     """A stage that makes an image."""
 
+    compressor: Literal["zstd", "blosc", "gzip", "none"] = "zstd"
+    """How the target is compressed."""
     chunks: Positive | list[Positive] | None = None
     """Shape of the target's chunks, a number or one for each axis, from 1; default: cells."""
     sharded: bool | None = None
@@ -275,15 +279,58 @@ class LabelsStage(_Voxels):
         if self.function is not None and self.connectivity is not None:
             raise ValueError("connectivity goes with threshold; a function decides by itself")
         if self.threshold is not None:
-            given = self.model_fields_set & {"halo", "link", "params", "version", "boundary"}
-            if given:
-                raise ValueError(f"{', '.join(sorted(given))} goes with a function")
+            _go_with_a_function(self, "halo", "link", "params", "version", "boundary")
             if len(self.inputs) > 1:
                 raise ValueError("threshold is for one input")
         return self
 
 
-KINDS: dict[str, type[Stage]] = {"image": ImageStage, "labels": LabelsStage}
+class _Table(Stage):
+    """A stage that makes a table."""
+
+    makes: ClassVar[Literal["image", "table"]] = "table"
+
+    target: str | None = None
+    """Path or URL of the folder of parquet files to write."""
+    compressor: Literal["zstd", "gzip", "none"] = "zstd"
+    """How the target is compressed."""
+
+
+class PointsStage(_Table, _FromBlocks):
+    """A table of points, by `map_points`, `blob_log` or `blob_dog`."""
+
+    kind: Literal["points"]
+    """What it makes: image, labels, points or table."""
+    detector: Literal["blob_log", "blob_dog"] | None = None
+    """A detector of scikit-image's, with its parameters in params, instead of a function."""
+    columns: dict[str, str] | list[str] | None = None
+    """With function: names of what it returns beside coordinates, with their dtypes if not
+    float64."""
+    merge: Literal["own"] | tuple[Literal["seam"], float] | None = None
+    """With function: own, or [seam, tolerance] where blocks see other centres; default: own."""
+    halo: Halo | None = None
+    """With function: voxels that a block reads around its cell; default: 0."""
+    axes: str | list[str] | None = None
+    """Names of the coordinates, such as zyx; default: axis-0 and so on."""
+    voxel_size: Size | list[Size] | None = None
+    """Extent of a voxel, one number or one for each axis, for physical coordinates."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> PointsStage:
+        if (self.function is None) == (self.detector is None):
+            raise ValueError("give either function or detector")
+        if self.detector is not None:
+            _go_with_a_function(self, "columns", "merge", "halo", "boundary", "version")
+            if len(self.inputs) > 1:
+                raise ValueError("detector is for one input")
+        return self
+
+
+KINDS: dict[str, type[Stage]] = {
+    "image": ImageStage,
+    "labels": LabelsStage,
+    "points": PointsStage,
+}
 """Kinds of stages."""
 
 
@@ -354,6 +401,13 @@ def meaning(entry: str, model: type[BaseModel] | None = None) -> str:
     assert text is not None
     text = " ".join(text.split())
     return text[0].lower() + text[1:].rstrip(".")
+
+
+def _go_with_a_function(stage: Stage, *names: str) -> None:
+    fields = type(stage).model_fields
+    given = [name for name in names if getattr(stage, name) != fields[name].default]
+    if given:
+        raise ValueError(f"{', '.join(given)} goes with function")
 
 
 def _as_entry(item: Any) -> Any:

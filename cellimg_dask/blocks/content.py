@@ -177,10 +177,22 @@ class _Contents:
             if isinstance(value, type):
                 return self._class(value, name)
             return self._function(value, name)
+        if kind.__module__.partition(".")[0] == "pandas" and hasattr(kind, "construct_array_type"):
+            return self._pandas_dtype(value, name)
         inner = _wrapped(value)
         if inner is not value:
             return ["wrapped", kind.__qualname__, self.of(inner, name)]
         return self._instance(value, name)
+
+    def _pandas_dtype(self, dtype: Any, name: str) -> Any:
+        categories = getattr(dtype, "categories", None)
+        values = None if categories is None else [str(categories.dtype), categories.tolist()]
+        # It tells all but the categories.
+        return [
+            "pandas dtype",
+            repr(dtype) if values is None else "category",
+            *(self.of(part, name) for part in (values, getattr(dtype, "ordered", None))),
+        ]
 
     def _apart(self, values: Iterable[Any], name: str) -> list[Any]:
         """Describe values whose order means nothing: each as if it were the first."""

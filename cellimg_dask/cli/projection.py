@@ -47,9 +47,11 @@ def projected(stage: Stage, loader: CellLoader, target: str, cells_per_call: Any
             for windows, reader in zip(middle.windows, loader.readers, strict=True)
         )
     own = sum(prod(reader.shape) * reader.dtype.itemsize for reader in loader.readers)
+    # Values stand for blocks of a grid of their own.
+    blocks = getattr(loader.function, "grid", None) or grid
     return {
         "shape": f"{grid.shape} {loader.dtype}, {format_bytes(nbytes)}",
-        "cells": f"{grid.num_cells:,} of {grid.cell_shape}, {grid.grid_shape} in the grid",
+        "cells": f"{grid.num_cells:,} of {blocks.cell_shape}, {grid.grid_shape} in the grid",
         "function": loader.function.name,
         "read": f"{format_bytes(read * calls)} by all blocks together, "
         f"{read * calls / max(own, 1):.2f} times the inputs because of the halo",

@@ -186,21 +186,31 @@ def plan(spec: Path, changes: tuple[str, ...]) -> None:
 def _plans(spec: Spec, name: str, stages: Stages) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield title and facts of what a stage computes, one after the other."""
     from cellimg_dask.batch.manifest import pass_of
-    from cellimg_dask.batch.passes import needed_whole
+    from cellimg_dask.batch.passes import needed_whole, values_from_voxels
+    from cellimg_dask.batch.run import image_and_table
     from cellimg_dask.cli.projection import projected
 
     stage = spec.stages[name]
-    loader = stages.make(name).loader
+    image, table = image_and_table(stages.make(name))
+    loader = image.loader
     target = stage.target
     if target is None:
         readers = ", ".join(other for other in spec.stages if name in spec.read_by(other))
         yield name, {"read by": f"{readers}, and not written", "function": loader.function.name}
         return
     together = getattr(stage, "cells_per_call", None)
-    for number, image in enumerate(needed_whole(loader), 1):
+    for number, first in enumerate(needed_whole(loader), 1):
         where = pass_of(target, number)
-        yield f"{name} (pass {number})".strip(), projected(stage, image, where, None)
-    yield name, projected(stage, loader, target, together)
+        yield f"{name} (pass {number})".strip(), projected(stage, first, where, None)
+    if table is None:
+        yield name, projected(stage, loader, target, together)
+        return
+    columns = ", ".join(f"{key} {kind}" for key, kind in table.meta.dtypes.items())
+    parts = f"a part for each of {loader.grid.num_cells:,} cells, to {target}"
+    for reading in values_from_voxels(loader):
+        facts = projected(stage, reading, target, None) | {"written": parts}
+        del facts["shape"]
+        yield name, {"columns": columns} | facts
 
 
 @click.command()

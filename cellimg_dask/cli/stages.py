@@ -16,6 +16,7 @@ from cellimg_dask.batch.spec import (
     ImageStage,
     InputSpec,
     LabelsStage,
+    PointsStage,
     QueueSpec,
     SlurmSpec,
     Spec,
@@ -128,7 +129,31 @@ class Stages:
             queue=queue,
         )
 
-    def _common(self, stage: ImageStage | LabelsStage) -> dict[str, Any]:
+    def _points(self, stage: PointsStage) -> Any:
+        inputs = [self._input(item) for item in stage.inputs]
+        columns: dict[str, Any] = {
+            "axes": stage.axes,
+            "voxel_size": stage.voxel_size,
+            "cell_shape": stage.cell_shape,
+        }
+        if stage.detector is not None:
+            from cellimg_dask.ops.detect import blob_dog, blob_log
+
+            detect: Any = {"blob_log": blob_log, "blob_dog": blob_dog}[stage.detector]
+            return detect(*inputs, queue=self._queue(stage.queue), **columns, **stage.params)
+        from cellimg_dask.ops.points import map_points
+
+        return map_points(
+            self._function(stage),
+            *inputs,
+            halo=stage.halo or 0,
+            columns=stage.columns,
+            merge=stage.merge or "own",
+            **columns,
+            **self._common(stage),
+        )
+
+    def _common(self, stage: ImageStage | LabelsStage | PointsStage) -> dict[str, Any]:
         return {
             "boundary": stage.boundary,
             "params": stage.params,
@@ -136,7 +161,7 @@ class Stages:
             "version": stage.version,
         }
 
-    def _function(self, stage: ImageStage | LabelsStage) -> Callable[..., Any]:
+    def _function(self, stage: ImageStage | LabelsStage | PointsStage) -> Callable[..., Any]:
         name = stage.function
         assert name is not None
         if name not in self._functions:
@@ -188,6 +213,7 @@ class Stages:
 _MAKERS: dict[type[Stage], Callable[[Stages, Any], Any]] = {
     ImageStage: Stages._image,
     LabelsStage: Stages._labels,
+    PointsStage: Stages._points,
 }
 
 

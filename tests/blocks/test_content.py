@@ -710,6 +710,26 @@ def test_attributes_that_are_no_fields_count():
     assert of(one) != of(two) != of(Options(1))
 
 
+def test_dtypes_of_pandas():
+    import pandas as pd
+
+    dtypes = [
+        "Int64",
+        "string",
+        "str",
+        "datetime64[ns, UTC]",
+        pd.CategoricalDtype(["a", "b"]),
+        pd.CategoricalDtype(["b", "a"]),
+        pd.CategoricalDtype([1, 2]),
+        pd.CategoricalDtype(["a", "b"], ordered=True),
+        pd.CategoricalDtype(),
+    ]
+    contents = [of(pd.api.types.pandas_dtype(dtype)) for dtype in dtypes]
+    assert len(set(contents)) == len(dtypes)
+    assert contents[1] == of(pd.StringDtype())
+    assert contents[4] == of(pd.CategoricalDtype(["a", "b"]))
+
+
 @pytest.mark.parametrize("head", ["", "    __slots__ = ('sigma',)\n"])
 def test_what_was_pickled_is_still_the_same(head):
     options = defined(f"class Options:\n{head}    pass", "Options")()
