@@ -224,7 +224,16 @@ def _schema_of(meta: Any) -> Any:
 
     plain = isinstance(meta.index, pd.RangeIndex) and meta.index.name is None
     schema = pa.Schema.from_pandas(meta, preserve_index=False if plain else None)
-    fields = [
-        field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema
-    ]
-    return pa.schema(fields, schema.metadata)
+    return pa.schema([field.with_type(_told(field.type)) for field in schema], schema.metadata)
+
+
+def _told(kind: Any) -> Any:
+    """Return a type of Arrow; text where a table without rows does not tell."""
+    import pyarrow as pa
+
+    if pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_dictionary(kind):
+        # Each part has its own categories, perhaps many.
+        return pa.dictionary(pa.int32(), _told(kind.value_type), kind.ordered)
+    return kind
