@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from cellimg_dask.blocks.block import Block
-from cellimg_dask.blocks.functions import ValueFunction
+from cellimg_dask.blocks.functions import BlockCode, ValueFunction
 from cellimg_dask.blocks.plan import AxisLink
-from cellimg_dask.geometry import CellGrid, Halo, HaloLike
+from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import make_image
 from cellimg_dask.image.input import as_input, follow, inherited_halo
@@ -56,7 +56,33 @@ def cell_values(
     -------
     CellImg
         Of shape ``grid.grid_shape``, dtype object, one voxel per cell.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> image = np.arange(10)
+    >>> ends = cell_values(lambda block: (block.inputs[0][0], len(block.inputs[0])),
+    ...                    CellGrid((10,), 4), image)
+    >>> [(int(first), length) for first, length in ends]
+    [(0, 4), (4, 4), (8, 2)]
     """
+    check_boundary(boundary)
+    if isinstance(f, BlockCode):
+        raise TypeError(
+            "BlockCode returns nothing; give a function of a Block that returns a value"
+        )
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    if not isinstance(grid, CellGrid):
+        raise TypeError(
+            f"grid must be a CellGrid, got {type(grid).__name__}; "
+            f"make one by CellGrid(shape, cell_shape)"
+        )
     items = [as_input(value) for value in inputs]
     links = [AxisLink(axis, factor) for axis, factor in enumerate(grid.cell_shape)]
     wide = Halo.of(halo, grid.ndim)

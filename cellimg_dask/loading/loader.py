@@ -37,6 +37,7 @@ from cellimg_dask.loading.readers import (
 )
 from cellimg_dask.loading.running import Queue
 from cellimg_dask.loading.source import MemoryReader, StoredReader
+from cellimg_dask.loading.trees import load_values
 from cellimg_dask.state.cache import CellCache, OutdatedError, Shelf
 from cellimg_dask.state.disk import DiskCells
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
@@ -283,7 +284,8 @@ class CellLoader:
         """Fill ``out`` with the region ``start`` to ``stop``, which lies in the image.
 
         A region of more than half the cache's bound goes past the cache: cells that are held
-        are used, others are computed straight into ``out`` and not kept.
+        are used, others are computed straight into ``out`` and not kept. Python objects always
+        go through it, since ``out`` does not show how large they are.
         """
         count, parts = tiles(self.grid, start, stop)
         if count <= _GATHER_AT_ONCE:
@@ -299,8 +301,11 @@ class CellLoader:
             if not missing:
                 return
             count, parts = len(missing), iter(missing)
-        self.prepare()
-        keep = 2 * out.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
+        # Held until the end, however small the cache is.
+        shared = self.prepare()
+        keep = (
+            self.dtype.hasobject or 2 * out.size * self.dtype.itemsize <= self.shelf.cache.max_bytes
+        )
         if self._cells is not None:
             places = {index: (source, target) for index, source, target in parts}
             with closing(self._fetch(list(places), keep=keep)) as cells:
@@ -320,14 +325,14 @@ class CellLoader:
             self._compute_into(index, source, view)
 
         self.crew().run(parts, through_cache if keep else past_cache, count)
+        del shared
 
-    def prepare(self) -> None:
+    def prepare(self) -> list[NDArray[Any]]:
         """Compute what all cells need, before several threads wait for one that computes it.
 
-        These are values of whole images upstream, such as the root of a tree of tables.
+        These are values of whole images, such as the root of a tree of tables.
         """
-        for image in self._needed_by_all():
-            image.load(0)
+        return [load_values(image, 0) for image in self._needed_by_all()]
 
     def parts_to_prepare(self) -> CellLoader | None:
         """Return an image whose cells several threads can compute to the same end, if need be."""
@@ -347,7 +352,7 @@ class CellLoader:
             self._shared = [
                 image
                 for image in self.ancestry()
-                if image.dtype.hasobject and image.grid.num_cells == 1 and image is not self
+                if image.dtype.hasobject and image.grid.num_cells == 1
             ]
         return self._shared
 
@@ -412,6 +417,10 @@ class CellLoader:
         if self.shelf.edition <= self.edition or not self.isolated or not self.has_changed(index):
             return held
         return None if self._aside is None else self._aside.peek(index)
+
+    def is_loading(self, index: int) -> bool:
+        """Whether some thread computes a cell at the moment, of this edition or another."""
+        return self.shelf.is_loading(index)
 
     def forget_elsewhere(self, shelf: Shelf, cells: Collection[int]) -> None:
         """Have those who compute whole cells forget some, that are kept here on ``shelf``."""

@@ -7,7 +7,7 @@ import pickle
 import threading
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import suppress
 from itertools import count
@@ -48,6 +48,7 @@ from cellimg_dask.queues.held import Held, Taken, handle, is_dead, release
 from cellimg_dask.queues.here import Arrived
 from cellimg_dask.queues.requests import Batch, Image, Other, Portion, Request, release_all
 from cellimg_dask.queues.tasks import CellCall, CellLayer, chunk_tasks, dask_name, stages_of
+from cellimg_dask.state.sizes import num_bytes
 
 __all__ = ["ClusterCells"]
 
@@ -535,12 +536,25 @@ class ClusterCells:
         while request.batches and not request.suspects:
             yield from self._collect_batch(loader, request, request.batches[0])
 
-    def _hold(self, loader: CellLoader, request: Request, cells: Iterable[int]) -> None:
+    def _ask_sizes(self, keys: list[Any]) -> dict[Any, int]:
+        """Return how many bytes results of Python objects take, as far as workers say."""
+        sizes: dict[Any, int] = {}
+        if keys:
+            # What is not known is taken to be small; a lost connection shows elsewhere.
+            with suppress(Exception):
+                for answer in self.client.run(_sizes_here, keys, on_error="ignore").values():
+                    sizes.update(answer)
+        return sizes
+
+    def _hold(self, loader: CellLoader, request: Request, cells: Collection[int]) -> None:
         """Hold what is there of a request: some of its cells, and cells upstream."""
         others, request.others = request.others, []
+        objects = [other.future.key for other in others if other.loader.dtype.hasobject]
+        objects += [request.cells[index].key for index in cells if loader.dtype.hasobject]
+        sizes = self._ask_sizes(objects)
         for other in others:
             if other.future.status == "finished":
-                nbytes = _num_bytes(other.loader, other.index)
+                nbytes = sizes.get(other.future.key) or _num_bytes(other.loader, other.index)
                 self.held.keep(
                     other.number, other.future, {other.index: None}, nbytes, other.generation
                 )
@@ -548,7 +562,7 @@ class ClusterCells:
                 other.future.release()
         for index in cells:
             future = request.cells.pop(index)
-            nbytes = _num_bytes(loader, index)
+            nbytes = sizes.get(future.key) or _num_bytes(loader, index)
             number = request.image.number
             self.held.keep(number, future, {index: None}, nbytes, request.generation)
 
@@ -596,7 +610,8 @@ class ClusterCells:
                 self._tell_what_a_cell_takes(request.image, loader, result.seconds)
         held = {index: places[index] for index in done}
         number = request.image.number
-        self.held.keep(number, kept, held, result.flat.nbytes, request.generation)
+        nbytes = num_bytes(result.flat) if loader.dtype.hasobject else result.flat.nbytes
+        self.held.keep(number, kept, held, nbytes, request.generation)
         if result.error is None and result.seconds >= _WORTH_A_KEY_S:
             # So that whoever asks for some of them finds them.
             keyed = self._submit_cells(loader, done)
@@ -788,6 +803,12 @@ def _forget_image(held: Held, image: Image) -> None:
 def _prepare_worker(packed: bytes) -> None:
     arrived: Arrived = pickle.loads(packed)
     arrived.worker(again=True)
+
+
+def _sizes_here(keys: list[Any], dask_worker: Any) -> dict[Any, int]:
+    # What is on the disk stays there.
+    here = getattr(dask_worker.data, "fast", dask_worker.data)
+    return {key: num_bytes(here[key]) for key in keys if key in here}
 
 
 def _unpack(name: str, packed: bytes) -> CellCall:

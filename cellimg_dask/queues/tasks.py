@@ -202,10 +202,12 @@ class CellCall:
     def __call__(self, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
         """Return the cell, through the cache of this process."""
         loader = self.loader
-        if not self.fed:
-            loader.prepare()
+        # Held until the cell is there, however small the cache is.
+        shared = [] if self.fed else loader.prepare()
         with loader.crew().working(), inside(self._flight or current_flight()):
-            return loader.load(index, self._readers(index, chunks))
+            cell = loader.load(index, self._readers(index, chunks))
+        del shared
+        return cell
 
     def past_cache(self, index: int, *chunks: NDArray[Any]) -> NDArray[Any]:
         """Return the cell and keep nothing: the scheduler keeps results."""

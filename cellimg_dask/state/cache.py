@@ -321,6 +321,10 @@ class Shelf:
         living = self._living.get(index)
         return None if living is None else living()
 
+    def is_loading(self, index: int) -> bool:
+        """Whether a thread loads a cell at the moment."""
+        return index in self._flights
+
     def get_many(
         self, indices: Iterable[int], edition: int | None = None
     ) -> list[NDArray[Any] | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from types import FunctionType, ModuleType
+from contextlib import suppress
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,23 @@ def num_bytes(value: Any) -> int:
         elif isinstance(getattr(item, "nbytes", None), int):
             # It says it itself.
             total += item.nbytes
-        elif hasattr(item, "memory_usage"):
+        elif callable(getattr(type(item), "memory_usage", None)):
             # A data frame of pandas, which says it itself.
             total += int(np.sum(item.memory_usage(deep=True)))
         else:
-            stack.extend(getattr(item, "__dict__", {}).values())
-            slots = getattr(type(item), "__slots__", ())
-            names = (slots,) if isinstance(slots, str) else slots
-            stack.extend(getattr(item, name) for name in names if hasattr(item, name))
+            stack.extend(_attributes(item))
     return total
+
+
+def _attributes(item: Any) -> list[Any]:
+    """Return what an object holds, past whatever its class does when it is asked."""
+    found: list[Any] = []
+    for cls in type(item).__mro__:
+        members = vars(cls)
+        if isinstance(members.get("__dict__"), GetSetDescriptorType):
+            found.extend(members["__dict__"].__get__(item).values())
+        for member in members.values():
+            if isinstance(member, MemberDescriptorType):
+                with suppress(AttributeError):
+                    found.append(member.__get__(item))
+    return found
