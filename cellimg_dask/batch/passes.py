@@ -6,7 +6,7 @@ that was made from all blocks. A run computes and stores such blocks first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -82,20 +82,23 @@ def runs_here(loader: CellLoader) -> bool:
     return loader.dtype.hasobject and any(above.dtype.hasobject for above in loader.upstream())
 
 
-def with_values(loader: CellLoader) -> CellLoader:
+def with_values(loader: CellLoader) -> tuple[CellLoader, Sequence[Any]]:
     """Compute the values upstream that all cells need, and return the loader that has them.
 
-    On a cluster, where each worker would compute them anew, they are computed as tasks of their
-    own and travel with the loader.
+    Whoever uses it holds the values, too, so that no cache forgets them. On a cluster, where each
+    worker would compute them anew, they are computed as tasks of their own and travel with the
+    loader.
     """
     queue: Any = loader.queue
     if queue is None or queue.cells is None:
         # If something fails its cells will say so.
+        held: list[Any] = []
         with suppress(CellError):
-            loader.prepare()
-        return loader
+            for above in loader.upstream():
+                held += above.prepare()
+        return loader, held
     if runs_here(loader):
-        return _on_queue(loader, queue)
+        return _on_queue(loader, queue), ()
     values: dict[CellLoader, Reader] = {}
     for image in loader.ancestry():
         if not image.dtype.hasobject:
@@ -105,8 +108,8 @@ def with_values(loader: CellLoader) -> CellLoader:
                     try:
                         values[above] = ArrayReader(_all_cells(computing))
                     except CellError:
-                        return loader
-    return reading_instead(loader, values)
+                        return loader, ()
+    return reading_instead(loader, values), ()
 
 
 def _all_cells(loader: CellLoader) -> NDArray[Any]:

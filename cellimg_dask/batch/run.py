@@ -266,13 +266,14 @@ class _Run:
                 if todo and first:
                     loader = self._first(loader, first, keys, report, overwrite=overwrite)
                 if todo and not report.failed:
-                    loader = with_values(loader)
+                    loader, held = with_values(loader)
                     if together is not None:
                         together = Together(loader, together.per_call)
                     committer = Committer(
                         loader, together, stored, manifest, lock.permit, self.retries
                     )
                     self._compute(committer, keys, todo, report, crew, name)
+                    del held
             finally:
                 report.seconds = perf_counter() - began
                 report.peak_memory = _peak_memory()

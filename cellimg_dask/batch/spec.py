@@ -22,6 +22,7 @@ __all__ = [
     "SlurmSpec",
     "Spec",
     "Stage",
+    "TableStage",
     "WholeSpec",
     "entries",
     "meaning",
@@ -326,10 +327,41 @@ class PointsStage(_Table, _FromBlocks):
         return self
 
 
+class TableStage(_Table):
+    """A table of objects with their properties, by `region_table`."""
+
+    input_entries: ClassVar[tuple[str, ...]] = ("labels", "image")
+
+    kind: Literal["table"]
+    """What it makes: image, labels, points or table."""
+    labels: InputSpec
+    """Labels of the objects: a path or a stage, or an entry with a path."""
+    image: InputSpec | None = None
+    """Intensities: a path or a stage, or an entry with a path."""
+    properties: list[str] | None = None
+    """Names of properties as scikit-image has them; default: those of `region_table`."""
+    spacing: Size | list[Size] | None = None
+    """Extent of a voxel, one number or one for each axis."""
+    max_extent: Positive | list[Positive] | None = None
+    """A box in voxels, for properties that need the mask of an object that fits."""
+    extra_properties: list[str | tuple[str, str]] = []
+    """Functions of a mask, or of mask and image, as in function, or pairs of one and a dtype."""
+    npartitions: Positive = 1
+    """How many files the table has."""
+    cell_shape: Positive | list[Positive] | None = None
+    """Shape of a cell, a number or one for each axis, from 1; default: the labels' chunks."""
+
+    @field_validator("labels", "image", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return _as_entry(value)
+
+
 KINDS: dict[str, type[Stage]] = {
     "image": ImageStage,
     "labels": LabelsStage,
     "points": PointsStage,
+    "table": TableStage,
 }
 """Kinds of stages."""
 
@@ -351,6 +383,15 @@ class Spec:
         """Whether an input is a stage."""
         return bool(item.path) and item.path in self.stages
 
+    def _entry_of(self, name: str, above: str) -> str:
+        stage = self.stages[name]
+        for entry in stage.input_entries:
+            value = getattr(stage, entry)
+            items = value if isinstance(value, list) else [value] * (value is not None)
+            if any(item.path == above for item in items):
+                return entry
+        raise AssertionError(above)
+
     def needed_for(self, names: list[str]) -> list[str]:
         """Return stages with those that they rest on, in the order in which they run."""
         wanted = set(names)
@@ -368,13 +409,14 @@ class Spec:
             prefix = f"stages.{name}." if name else ""
             for above in self.read_by(name):
                 read.add(above)
+                entry = f"{prefix}{self._entry_of(name, above)}"
                 if names.index(above) >= number:
-                    found[f"{prefix}inputs"] = (
+                    found[entry] = (
                         f"{above} is this stage or a later one; write ./{above} for a file of that "
                         f"name"
                     )
                 elif self.stages[above].makes != "image":
-                    found[f"{prefix}inputs"] = f"{above} is a table, and no image"
+                    found[entry] = f"{above} is a table, and no image"
         for name, stage in self.stages.items():
             if stage.target is None and name not in read:
                 prefix = f"stages.{name}." if name else ""

@@ -226,12 +226,22 @@ def _resolved(spec: Spec, name: str, folder: Path) -> dict[str, Any]:
         for item in value if isinstance(value, list) else [value] * (value is not None):
             if item["path"] not in spec.stages:
                 item["path"] = _absolute(folder, item["path"])
-    function = content.get("function")
-    if function is not None and ".py:" in function:
-        content["function"] = _absolute(folder, function)
+    if content.get("function") is not None:
+        content["function"] = _absolute_function(folder, content["function"])
+    if "extra_properties" in content:
+        content["extra_properties"] = [
+            _absolute_function(folder, given)
+            if isinstance(given, str)
+            else [_absolute_function(folder, given[0]), given[1]]
+            for given in content["extra_properties"]
+        ]
     # What was not given is not there: it may not go together with the rest.
     given = stage.model_fields_set | {"kind"}
     return {key: value for key, value in content.items() if value is not None or key in given}
+
+
+def _absolute_function(folder: Path, name: str) -> str:
+    return _absolute(folder, name) if ".py:" in name else name
 
 
 def _absolute(folder: Path, name: str) -> str:

@@ -21,6 +21,7 @@ from cellimg_dask.batch.spec import (
     SlurmSpec,
     Spec,
     Stage,
+    TableStage,
 )
 from cellimg_dask.cli.files import open_file
 from cellimg_dask.cli.require import require
@@ -153,6 +154,25 @@ class Stages:
             **self._common(stage),
         )
 
+    def _table(self, stage: TableStage) -> Any:
+        from cellimg_dask.ops.tables import region_table
+
+        extra = [
+            self._named(given) if isinstance(given, str) else (self._named(given[0]), given[1])
+            for given in stage.extra_properties
+        ]
+        return region_table(
+            self._input(stage.labels),
+            None if stage.image is None else self._input(stage.image),
+            stage.properties,
+            spacing=stage.spacing,
+            max_extent=stage.max_extent,
+            extra_properties=extra,
+            npartitions=stage.npartitions,
+            cell_shape=stage.cell_shape,
+            queue=self._queue(stage.queue),
+        )
+
     def _common(self, stage: ImageStage | LabelsStage | PointsStage) -> dict[str, Any]:
         return {
             "boundary": stage.boundary,
@@ -162,8 +182,10 @@ class Stages:
         }
 
     def _function(self, stage: ImageStage | LabelsStage | PointsStage) -> Callable[..., Any]:
-        name = stage.function
-        assert name is not None
+        assert stage.function is not None
+        return self._named(stage.function)
+
+    def _named(self, name: str) -> Callable[..., Any]:
         if name not in self._functions:
             # A file is run once, whoever names it.
             self._functions[name] = load_function(name, self._folder)
@@ -214,6 +236,7 @@ _MAKERS: dict[type[Stage], Callable[[Stages, Any], Any]] = {
     ImageStage: Stages._image,
     LabelsStage: Stages._labels,
     PointsStage: Stages._points,
+    TableStage: Stages._table,
 }
 
 

@@ -76,10 +76,7 @@ def merge_masks(parts: Sequence[Masks]) -> Masks:
         return parts[0]
     return Masks(
         *(np.concatenate([getattr(p, name) for p in parts]) for name in ("label", "start", "stop")),
-        {
-            name: np.concatenate([part.columns[name] for part in parts])
-            for name in parts[0].columns
-        },
+        {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
     )
 
 

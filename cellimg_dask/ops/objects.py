@@ -172,7 +172,13 @@ def measure(
     if image is not None and wants.intensities:
         intensities = _measure_intensities(labels, image, runs, near, centre, start, count, wants)
     return Objects(
-        runs.label, count, start + offset, np.stack(high, axis=1) + offset, first, second, moments,
+        runs.label,
+        count,
+        start + offset,
+        np.stack(high, axis=1) + offset,
+        first,
+        second,
+        moments,
         intensities,
     )
 
@@ -201,8 +207,13 @@ class _Runs:
         if flat.size == 0:
             none = np.zeros(0, np.int64)
             return cls(
-                flat.astype(_label_dtype(flat.dtype)), none, none, [none] * (labels.ndim - 1),
-                none, none, none,
+                flat.astype(_label_dtype(flat.dtype)),
+                none,
+                none,
+                [none] * (labels.ndim - 1),
+                none,
+                none,
+                none,
             )
         new = np.empty(flat.size, bool)
         np.not_equal(flat[1:], flat[:-1], out=new[1:])

@@ -116,14 +116,18 @@ def region_table(
     grid = _grid_of_labels(item, cell_shape)
     steps = _checked_spacing(spacing, grid.ndim)
     picture = None if image is None else _Picture.of(image, grid)
-    names = _DEFAULT + (_DEFAULT_WITH_IMAGE if picture else ()) if properties is None else properties
+    names = (
+        _DEFAULT + (_DEFAULT_WITH_IMAGE if picture else ()) if properties is None else properties
+    )
     if isinstance(names, str):
         raise TypeError(f"properties must be a sequence of names, got {names!r}")
     chosen = tuple(names)
     for name in chosen:
         check_property(name, steps, has_image=picture is not None)
     extras = tuple(_extra(given, picture is not None) for given in extra_properties)
-    box = None if max_extent is None else as_ints(max_extent, "max_extent", ndim=grid.ndim, minimum=1)
+    box = (
+        None if max_extent is None else as_ints(max_extent, "max_extent", ndim=grid.ndim, minimum=1)
+    )
     columns = [*chosen, *(extra.name for extra in extras)]
     if len(set(columns)) != len(columns):
         raise ValueError(f"properties come twice, or extra ones have names of others: {columns}")
@@ -134,9 +138,7 @@ def region_table(
             f"max_extent=…, a box in voxels that the objects of interest fit into"
         )
     parts = as_int(npartitions, "npartitions", minimum=1)
-    return _table(
-        item, grid, picture, chosen, extras, steps, box, with_masks, parts, cache, queue
-    )
+    return _table(item, grid, picture, chosen, extras, steps, box, with_masks, parts, cache, queue)
 
 
 def _table(
@@ -425,7 +427,9 @@ def _grid_of_labels(item: Input, cell_shape: Any) -> CellGrid:
 def _checked_spacing(spacing: Any, ndim: int) -> tuple[float, ...]:
     if spacing is None:
         return (1.0,) * ndim
-    steps = tuple(map(float, spacing)) if isinstance(spacing, Iterable) else (float(spacing),) * ndim
+    steps = (
+        tuple(map(float, spacing)) if isinstance(spacing, Iterable) else (float(spacing),) * ndim
+    )
     if len(steps) != ndim or not all(isfinite(step) and step > 0 for step in steps):
         raise ValueError(
             f"spacing must be a number above 0, or one for each of {ndim} axes, got {spacing!r}"
@@ -444,5 +448,7 @@ def _extra(given: Any, has_image: bool) -> Extra:
     if extra.name in PROPERTIES or extra.name in MASK_PROPERTIES:
         raise ValueError(f"extra property {extra.name} has the name of another; rename it")
     if extra.needs_image and not has_image:
-        raise ValueError(f"extra property {extra.name} needs the image: region_table(labels, image)")
+        raise ValueError(
+            f"extra property {extra.name} needs the image: region_table(labels, image)"
+        )
     return extra
