@@ -70,6 +70,8 @@ class RunReport:
             f"{self.bytes_written / (1 << 20):.1f} MiB written to {self.target}"
         )
         lines = [first]
+        for done in self.passes:
+            lines.append(f"  for which {str(done).partition(chr(10))[0]}")
         for position, error in sorted(self.failed.items())[:10]:
             lines.append(f"  {position}: {type(error).__name__}: {error}")
         if len(self.failed) > 10:

@@ -152,26 +152,27 @@ def _mistakes(error: ValidationError, content: Any, model: type[BaseModel]) -> d
     for item in error.errors():
         # Down to the entry, and not into the alternatives for its value.
         place, path = content, []
-        for part in item["loc"]:
+        for depth, part in enumerate(item["loc"], 1):
             if part == 0 and not isinstance(place, list):
                 # The only input need not be in a list.
                 continue
             try:
                 place = place[part]
             except (KeyError, IndexError, TypeError):
-                if item["type"] in ("missing", "extra_forbidden"):
+                if item["type"] in ("missing", "extra_forbidden") and depth == len(item["loc"]):
                     path.append(str(part))
                 break
             path.append(str(part))
         name = ".".join(path)
-        if item["type"] == "missing":
+        whole = path[-1:] == [str(part) for part in item["loc"][-1:]] != []
+        if item["type"] == "missing" and whole:
             found[name] = f"is missing: {meaning(path[-1], model)}"
         elif item["type"] == "extra_forbidden":
             near = get_close_matches(path[-1], entries(), 1)
             found[name] = "no such entry" + (f"; did you mean {near[0]}?" if near else "")
         elif item["type"] == "value_error":
             found[name] = item["msg"].removeprefix("Value error, ")
-        elif path[-1:] == [str(item["loc"][-1])] and "Input should be" in item["msg"]:
+        elif whole and "Input should be" in item["msg"]:
             found[name] = f"{item['msg'].replace('Input should', 'must')}, got {place!r}"
         else:
             # None of several alternatives fits.
