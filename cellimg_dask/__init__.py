@@ -37,7 +37,10 @@ from cellimg_dask.image.source import Source
 from cellimg_dask.image.stats import stats
 from cellimg_dask.loading.watch import Change
 from cellimg_dask.ops.blobs import merge_blobs, prune_blobs
+from cellimg_dask.ops.detect import blob_dog, blob_log
+from cellimg_dask.ops.frames import latest
 from cellimg_dask.ops.labels import LabelImg, label, map_labels, stitch
+from cellimg_dask.ops.points import map_points
 from cellimg_dask.ops.pyramid import Pyramid, pyramid
 from cellimg_dask.ops.stacks import map_stack, merge_stack, split_stack, stack_shape
 from cellimg_dask.queues.block_queue import BlockQueue
@@ -75,12 +78,16 @@ __all__ = [
     "TargetInUseError",
     "Worker",
     "WorkerDiedError",
+    "blob_dog",
+    "blob_log",
     "fill_cells",
     "get_cache",
     "get_worker",
     "label",
+    "latest",
     "map_cells",
     "map_labels",
+    "map_points",
     "map_stack",
     "merge_blobs",
     "merge_stack",

@@ -207,7 +207,8 @@ def _children() -> dict[int, str]:
 
 
 def _existing(segments: set[str]) -> set[str]:
-    return {name for name in segments if Path("/dev/shm", name).exists()}
+    # Threads may make some meanwhile.
+    return {name for name in segments.copy() if Path("/dev/shm", name).exists()}
 
 
 def _descriptors() -> dict[int, str]:

@@ -469,6 +469,9 @@ def _is_installed(module: str | None) -> bool:
     """Whether a module belongs to an installed package, so that its version says what it is."""
     if not isinstance(module, str) or module == "__main__":
         return False
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        # Also where it is used from a checkout, which has state that is no content.
+        return True
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         # Built in, or made by hand.

@@ -28,6 +28,7 @@ __all__ = [
     "BlockFunction",
     "FillFunction",
     "ValueFunction",
+    "bound_function",
     "current_worker",
     "function_name",
     "working_as",
@@ -171,14 +172,22 @@ class ArrayFunction:
 class FillFunction:
     """A function of a `Block` that writes into ``block.data`` and returns nothing.
 
-    With a ``grid`` messages name the cells of that one, which stand for those of the image.
+    With a ``grid`` messages name the cells of that one, which stand for those of the image. With
+    ``in_place`` the function writes every voxel, into whatever memory it is given.
     """
 
     fresh = True
 
-    def __init__(self, function: Callable[[Block], None], grid: CellGrid | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[[Block], None],
+        grid: CellGrid | None = None,
+        *,
+        in_place: bool = False,
+    ) -> None:
         self.function = function
         self.grid = grid
+        self.in_place = in_place
         self.name = function_name(function)
 
     def apply(
@@ -190,7 +199,9 @@ class FillFunction:
         out: NDArray[Any] | None,
     ) -> NDArray[Any]:
         """Call ``function(block)``; see `BlockFunction.apply`."""
-        if out is None or not out.flags.carray:
+        if self.in_place:
+            out = np.empty(plan.shape, dtype) if out is None else out
+        elif out is None or not out.flags.carray:
             # Reshaping block.data has to give a view, as it does for any new array.
             out = np.zeros(plan.shape, dtype)
         else:
@@ -210,7 +221,7 @@ class FillFunction:
 
     def bound(self, bind: Callable[[Any], Any]) -> FillFunction:
         """Return the same with another function; see `BlockFunction.bound`."""
-        return FillFunction(_bound(self.function, bind), self.grid)
+        return FillFunction(bound_function(self.function, bind), self.grid, in_place=self.in_place)
 
 
 class ValueFunction:
@@ -245,10 +256,10 @@ class ValueFunction:
 
     def bound(self, bind: Callable[[Any], Any]) -> ValueFunction:
         """Return the same with another function; see `BlockFunction.bound`."""
-        return ValueFunction(_bound(self.function, bind), self.grid)
+        return ValueFunction(bound_function(self.function, bind), self.grid)
 
 
-def _bound(function: Any, bind: Callable[[Any], Any]) -> Any:
+def bound_function(function: Any, bind: Callable[[Any], Any]) -> Any:
     """Bind a function; what only wraps the user's has a method ``bound`` of its own."""
     inner = getattr(function, "bound", None)
     return bind(function) if inner is None else inner(bind)

@@ -200,13 +200,18 @@ class Stages:
     def _array(self, item: InputSpec) -> tuple[Any, str | None]:
         """Return what an input names, and a version where it cannot be compared."""
         if self._spec.is_stage(item):
-            if item.path not in self._stored:
-                return self.make(item.path), None
-            target = self._spec.stages[item.path].target
-            assert target is not None
             import zarr
 
-            return zarr.open_array(place_of(target, self._folder), mode="r"), None
+            above = self._spec.stages[item.path]
+            if above.target is None:
+                return self.make(item.path), None
+            if item.path in self._stored:
+                return zarr.open_array(place_of(above.target, self._folder), mode="r"), None
+            # It is only to be planned, and would be there.
+            lazy = self.make(item.path)
+            chunks = tuple(map(min, lazy.cell_shape, (max(n, 1) for n in lazy.shape)))
+            there = zarr.create_array({}, shape=lazy.shape, dtype=lazy.dtype, chunks=chunks)
+            return there, None
         path = self._folder / item.path
         arrays = self._stack.enter_context(open_file(path))
         found = [stored for stored in arrays if not item.name or stored.name == item.name]

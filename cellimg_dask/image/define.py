@@ -30,7 +30,7 @@ from cellimg_dask.loading.readers import Reader, make_reader
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache
 
-__all__ = ["fill_cells", "grid_of", "make_image", "map_cells"]
+__all__ = ["as_axes", "common_shape", "fill_cells", "grid_of", "make_image", "map_cells"]
 
 _DEFAULT_VOXELS_LOG2 = 20
 
@@ -130,8 +130,8 @@ def map_cells(
             "map_cells takes its shape from the inputs that have no index_map, and every input "
             "has one; use fill_cells with a grid"
         )
-    whole = _common_shape(plain)
-    dropped = _axes(drop_axis, len(whole), "drop_axis")
+    whole = common_shape(plain)
+    dropped = as_axes(drop_axis, len(whole), "drop_axis")
     factors = as_ints(shrink, "shrink", ndim=len(whole), minimum=1)
     for axis in dropped:
         if factors[axis] != 1:
@@ -323,7 +323,7 @@ def make_image(
         return CellImg(ImageNode(loader, inputs))
 
 
-def _axes(value: Any, ndim: int, what: str) -> tuple[int, ...]:
+def as_axes(value: Any, ndim: int, what: str) -> tuple[int, ...]:
     """Return axes, negative ones counted from the end, sorted."""
     numbers = (
         as_ints(value, what, ndim=1) if not isinstance(value, Iterable) else as_ints(value, what)
@@ -349,7 +349,7 @@ def _new_axes(value: Mapping[int, int] | None, kept: int) -> dict[int, int]:
     ndim = kept + len(value)
     sizes = {}
     for axis, size in value.items():
-        (place,) = _axes(as_int(axis, "new_axis"), ndim, "new_axis")
+        (place,) = as_axes(as_int(axis, "new_axis"), ndim, "new_axis")
         sizes[place] = as_int(size, f"new_axis[{axis}]", minimum=0)
     if len(sizes) != len(value):
         raise ValueError(f"new_axis names an axis twice: {dict(value)}")
@@ -387,9 +387,13 @@ def _cell_shape(
 
 
 def grid_of(
-    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None, items: Sequence[Input]
+    cell_shape: SupportsIndex | Iterable[SupportsIndex] | None,
+    items: Sequence[Input],
+    dropped: Sequence[int] = (),
 ) -> CellGrid:
     """Return the grid of an image that has the shape of its inputs; see `map_cells`.
+
+    Without the ``dropped`` axes, which count from the front.
 
     Raises
     ------
@@ -399,12 +403,14 @@ def grid_of(
     plain = [item for item in items if item.index_map is None]
     if not plain:
         raise ValueError("the shape comes from the inputs without index_map, and there is none")
-    whole = _common_shape(plain)
-    axes = range(len(whole))
-    return CellGrid(whole, _cell_shape(cell_shape, whole, axes, (1,) * len(whole), whole, plain))
+    whole = common_shape(plain)
+    axes = [axis for axis in range(len(whole)) if axis not in dropped]
+    shape = tuple(whole[axis] for axis in axes)
+    return CellGrid(shape, _cell_shape(cell_shape, shape, axes, (1,) * len(whole), whole, plain))
 
 
-def _common_shape(items: Sequence[Input]) -> tuple[int, ...]:
+def common_shape(items: Sequence[Input]) -> tuple[int, ...]:
+    """Return the shape to which inputs broadcast; `ValueError` if they do not."""
     try:
         return np.broadcast_shapes(*(item.shape for item in items))
     except ValueError:

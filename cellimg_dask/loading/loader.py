@@ -314,9 +314,11 @@ class CellLoader:
                     out[target] = value[source]
             return
 
+        load = self.load_after if self.dtype.hasobject else self.load
+
         def through_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
             index, source, target = part
-            out[target] = self.load(index)[source]
+            out[target] = load(index)[source]
 
         def past_cache(part: tuple[int, tuple[slice, ...], tuple[slice, ...]]) -> None:
             index, source, target = part
@@ -332,7 +334,7 @@ class CellLoader:
 
         These are values of whole images, such as the root of a tree of tables.
         """
-        return [load_values(image, 0) for image in self._needed_by_all()]
+        return [image.load_after(0) for image in self._needed_by_all()]
 
     def parts_to_prepare(self) -> CellLoader | None:
         """Return an image whose cells several threads can compute to the same end, if need be."""
@@ -355,6 +357,16 @@ class CellLoader:
                 if image.dtype.hasobject and image.grid.num_cells == 1
             ]
         return self._shared
+
+    def load_after(self, index: int) -> NDArray[Any]:
+        """Return a cell; if it is made from values, after these, in several threads."""
+        return load_values(self, index) if self._is_made_from_values else self.load(index)
+
+    @cached_property
+    def _is_made_from_values(self) -> bool:
+        return any(
+            reader.dtype.hasobject for reader in self.readers if isinstance(reader, ImageReader)
+        )
 
     def gather(self, indices: Iterable[int]) -> list[NDArray[Any] | None]:
         """Return those cells of this edition that are in memory, None for the others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.geometry import CellGrid, Roi, as_int, as_ints
-from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import as_input
 from cellimg_dask.image.values import cell_values
+from cellimg_dask.ops.frames import frame_of
 from cellimg_dask.ops.overlaps import prune_overlapping
 from cellimg_dask.ops.point_table import Found, PointTable
 from cellimg_dask.ops.scale_space import (
@@ -24,15 +24,14 @@ from cellimg_dask.ops.scale_space import (
     ScaleSpace,
     kernel_radius,
 )
+from cellimg_dask.ops.trees import fan
 from cellimg_dask.queues.block_queue import BlockQueue
-from cellimg_dask.state.cache import CellCache
+from cellimg_dask.state.cache import CellCache, get_cache
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
 
 __all__ = ["blob_dog", "blob_log"]
-
-_TABLES_AT_ONCE = 64
 
 
 def blob_log(
@@ -205,8 +204,6 @@ def _blobs(
     columns: tuple[Any, Any],
     running: tuple[Any, Any],
 ) -> dd.DataFrame:
-    from cellimg_dask.ops.frames import frame_of
-
     if isinstance(overlap, bool) or not isinstance(overlap, Real):
         raise TypeError(f"overlap must be a number, got {overlap!r}")
     item = as_input(image)
@@ -224,40 +221,21 @@ def _blobs(
     # One more for the neighbours of which a peak is the highest.
     halo = tuple(radius + 1 for radius in kernel_radius(space))
     border = _border(exclude_border, ndim)
+    # Each table is read for all cells, so it is always kept.
+    keep = get_cache() if cache is None else cache
     find = _FindPeaks(space, grid, halo, threshold, border)
-    peaks = cell_values(find, grid, item, halo=halo, cache=cache, queue=queue)
+    values = cell_values(find, grid, item, halo=halo, cache=keep, queue=queue)
     if grid.num_cells:
-        ranges = _as_tree(_Named(space.name, _range), peaks, cache)
-        above = _Above(space.name, threshold, find.is_one_voxel)
-        tables = _as_tree(above, peaks, cache, ranges)
-        prune = _Prune(space, grid, per_axis, float(overlap))
-        kept = cell_values(prune, CellGrid((1,) * ndim, (1,) * ndim), tables, cache=cache)
+        together = _Together(space.name, threshold)
+        while values.size > 1:
+            groups = CellGrid(values.shape, (fan(ndim),) * ndim)
+            values = cell_values(together, groups, values, cache=keep)
+        prune = _Prune(space, grid, threshold, per_axis, float(overlap))
+        values = cell_values(prune, CellGrid((1,) * ndim, (1,) * ndim), values, cache=keep)
         one_each = CellGrid(grid.grid_shape, (1,) * ndim)
-        peaks = cell_values(_Pick(space.name, one_each, tuple(names)), one_each, kept, cache=cache)
-    return frame_of(peaks, table.meta(), table.frame)
-
-
-def _as_tree(
-    combine: Callable[[Block], Any], values: CellImg, cache: Any, *others: CellImg
-) -> CellImg:
-    """Return the image of one voxel that combines all values, some at a time.
-
-    ``others`` have one voxel, and are given with the first step.
-    """
-    fan_in = max(2, round(_TABLES_AT_ONCE ** (1 / max(values.ndim, 1))))
-    while True:
-        grid = CellGrid(values.shape, (fan_in,) * values.ndim)
-        values = cell_values(combine, grid, values, *others, cache=cache)
-        others = ()
-        if values.size == 1:
-            return values
-
-
-class _Range(NamedTuple):
-    """The lowest and the highest response in a part of the image."""
-
-    low: np.floating
-    high: np.floating
+        pick = _Pick(space.name, one_each, tuple(names))
+        values = cell_values(pick, one_each, values, cache=cache)
+    return frame_of(values, table.meta(), table.frame)
 
 
 class _Peaks(NamedTuple):
@@ -268,7 +246,18 @@ class _Peaks(NamedTuple):
     values: NDArray[np.floating]
     """Response at each of them."""
     low: np.floating
+    """The lowest response in the part, at whatever place."""
     high: np.floating
+    """The highest response in the part."""
+
+    def over(self, threshold: _Threshold) -> _Peaks:
+        """Return the peaks that the threshold for the whole image may leave."""
+        relative = threshold.relative
+        if relative is None or relative < 0:
+            return self
+        # The highest response of all is no lower than the highest here.
+        wanted = np.greater(self.values, relative * self.high)
+        return _Peaks(self.places[wanted], self.values[wanted], self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -301,12 +290,6 @@ class _FindPeaks:
         """How messages call it."""
         return self.space.name
 
-    @property
-    def is_one_voxel(self) -> bool:
-        """Whether the image and the scales have no neighbours at all."""
-        one_scale = len(self.space.sigmas(np.dtype(np.float64))) == 1
-        return one_scale and all(n == 1 for n in self.grid.shape)
-
     def __call__(self, block: Block) -> _Peaks:
         """Return the peaks of a cell."""
         from scipy.ndimage import maximum_filter
@@ -337,17 +320,14 @@ class _FindPeaks:
         places = np.concatenate([part for part, _ in found])
         values = np.concatenate([part for _, part in found])
         places[:, :-1] += np.add(origin, core.start)
-        wanted = self._inside(places)
-        low, high = min(lows), max(highs)
-        if self.threshold.relative is not None and self.threshold.relative >= 0:
-            # The highest response of all is no lower than the highest here.
-            wanted &= values > self.threshold.relative * high
-        return _Peaks(places[wanted], values[wanted], low, high)
+        inside = self._inside(places)
+        found_here = _Peaks(places[inside], values[inside], min(lows), max(highs))
+        return found_here.over(self.threshold)
 
     def _inside(self, places: NDArray[np.intp]) -> NDArray[np.bool_]:
         low, high = np.array(self.border), np.subtract(self.grid.shape, self.border)
-        inside: NDArray[np.bool_] = ((places[:, :-1] >= low) & (places[:, :-1] < high)).all(axis=1)
-        return inside
+        inside = (places[:, :-1] >= low) & (places[:, :-1] < high)
+        return np.asarray(inside.all(axis=1))
 
 
 def _with_neighbours(scales: Iterable[tuple[Any, Any]]) -> Iterable[tuple[Any, Any]]:
@@ -370,35 +350,11 @@ def _as_floats(array: NDArray[Any]) -> NDArray[np.floating]:
 
 
 @dataclass(frozen=True)
-class _Named:
-    """A step of a detector, which messages call by the detector's name."""
-
-    name: str
-    function: Callable[[Block], Any]
-
-    @property
-    def __name__(self) -> str:
-        """How messages call it."""
-        return self.name
-
-    def __call__(self, block: Block) -> Any:
-        """Do the step."""
-        return self.function(block)
-
-
-def _range(block: Block) -> _Range:
-    """Return the range of the responses of some cells."""
-    parts = block.inputs[0].ravel()
-    return _Range(min(part.low for part in parts), max(part.high for part in parts))
-
-
-@dataclass(frozen=True)
-class _Above:
-    """Returns the peaks of some cells together; at the first step those above the threshold."""
+class _Together:
+    """Returns the peaks of some cells as one table."""
 
     name: str
     threshold: _Threshold
-    is_one_voxel: bool
 
     @property
     def __name__(self) -> str:
@@ -407,17 +363,9 @@ class _Above:
 
     def __call__(self, block: Block) -> _Peaks:
         """Return the peaks."""
-        parts = block.inputs[0].ravel()
-        places = np.concatenate([part.places for part in parts])
-        values = np.concatenate([part.values for part in parts])
-        if len(block.inputs) == 1:
-            return _Peaks(places, values, parts[0].low, parts[0].high)
-        low, high = block.inputs[1].item()
-        wanted: NDArray[np.bool_] = np.greater(values, self.threshold.of(low, high))
-        if low == high and not self.is_one_voxel:
-            # Everywhere the same, so that nothing stands out.
-            wanted[:] = False
-        return _Peaks(places[wanted], values[wanted], low, high)
+        places, values, lows, highs = zip(*block.inputs[0].flat, strict=True)
+        together = _Peaks(np.concatenate(places), np.concatenate(values), min(lows), max(highs))
+        return together.over(self.threshold)
 
 
 class _Kept(NamedTuple):
@@ -433,10 +381,11 @@ class _Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class _Prune:
-    """Leaves the smaller one of blobs that overlap out."""
+    """Leaves out what does not exceed the threshold, and the smaller one of blobs that overlap."""
 
     space: ScaleSpace
     grid: CellGrid
+    threshold: _Threshold
     per_axis: bool
     overlap: float
 
@@ -447,10 +396,15 @@ class _Prune:
 
     def __call__(self, block: Block) -> _Kept:
         """Return the blobs of the whole image."""
-        places, values, _, _ = block.inputs[0].item()
-        order = np.lexsort((*places.T[::-1], -values))
-        places = places[order]
-        sigmas = self.space.sigmas(values.dtype)[places[:, -1]]
+        places, values, low, high = block.inputs[0].item()
+        sizes = self.space.sigmas(values.dtype)
+        if low == high and self.grid.shape + sizes.shape[:1] != (1,) * (self.grid.ndim + 1):
+            # Everywhere the same, so that nothing stands out, unless there is but one voxel.
+            places, values = places[:0], values[:0]
+        above = values > self.threshold.of(low, high)
+        places, values = places[above], values[above]
+        places = places[np.lexsort((*places.T[::-1], -values))]
+        sigmas = sizes[places[:, -1]]
         if not self.per_axis:
             sigmas = sigmas[:, :1]
         blobs = np.hstack([places[:, :-1].astype(values.dtype), sigmas])

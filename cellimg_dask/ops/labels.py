@@ -14,12 +14,12 @@ from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.functions import FillFunction
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary
 from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.image.define import grid_of, make_image
+from cellimg_dask.image.define import as_axes, common_shape, grid_of, make_image
 from cellimg_dask.image.input import Input, as_input, inherited_halo
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.loading.node import ImageNode
 from cellimg_dask.ops.linking import Joined, Linking
-from cellimg_dask.ops.overlap import BlockOfCell, CellOfBlock, SideBySide
+from cellimg_dask.ops.overlap import BlockOfCell, CellOfBlock, SideBySide, WithAxes
 from cellimg_dask.ops.stitching import (
     CutBands,
     FindComponents,
@@ -53,6 +53,7 @@ def map_labels(
     fill_value: Any = 0,
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
     params: Mapping[str, Any] | None = None,
+    drop_axis: SupportsIndex | Iterable[SupportsIndex] = (),
     cache: CellCache | str | None = "shared",
     queue: BlockQueue | None = None,
     version: str | None = None,
@@ -66,13 +67,16 @@ def map_labels(
     ----------
     f : callable
         From arrays, halo included, to integer labels of the same size, 0 for background, or a mask
-        for one object. It may number objects as it likes. Called as ``f(*arrays, **params)``.
+        for one object; without the axes in ``drop_axis``. It may number objects as it likes. Called
+        as ``f(*arrays, **params)``.
     *inputs : array-like or Input
-        As in `map_cells`; they have the image's shape, or broadcast to it.
+        As in `map_cells`; they have the image's shape, or broadcast to it. One with an
+        ``index_map`` may have a halo of its own.
     halo : int, per-axis ints, or per-axis (before, after) pairs
-        Extra voxels that a block reads, at least 1 on one side of each axis along which objects
-        are linked. For the result to be that of ``f`` on the whole image, it has to hold what an
-        object in the cell needs: the object itself, and what it takes to find it.
+        Extra voxels that a block reads, in axes of the labels; at least 1 on one side of each axis
+        along which objects are linked. For the result to be that of ``f`` on the whole image, it
+        has to hold what an object in the cell needs: the object itself, and what it takes to find
+        it.
     link : "components" or ("iou", threshold)
         ``("iou", t)``: labels are one object if the intersection of what two blocks gave them is
         above ``t`` times the union, in the voxels that both blocks have; for instance segmentation,
@@ -81,6 +85,9 @@ def map_labels(
     consecutive : bool
         Whether ids are 1, 2, 3 … They do not depend on the scheduler in either case, but on the
         shape of the cells.
+    drop_axis : int or ints
+        Axes of the inputs that the labels lack, such as that of channels; every block reads their
+        whole extent, without halo.
     boundary, fill_value, cell_shape, params, cache, queue, version
         As in `map_cells`.
 
@@ -110,11 +117,12 @@ def map_labels(
     if not inputs:
         raise TypeError("map_labels needs at least one input")
     check_boundary(boundary)
-    items, layout = _laid_out(inputs, cell_shape, halo)
+    items, layout, dropped = _laid_out(inputs, cell_shape, halo, drop_axis)
     blocks = _block_labels(
         FindObjects(f, layout, boundary != "none"),
         items,
         layout,
+        dropped=dropped,
         boundary=boundary,
         fill_value=fill_value,
         params=params,
@@ -171,7 +179,7 @@ def label(
     item = as_input(mask)
     element = _structure(structure, len(item.shape))
     ndim = len(item.shape)
-    items, layout = _laid_out((item,), cell_shape, Halo((0,) * ndim, (1,) * ndim))
+    items, layout, _ = _laid_out((item,), cell_shape, Halo((0,) * ndim, (1,) * ndim))
     f = FindComponents(element, layout)
     blocks = _block_labels(f, items, layout, cache=cache, queue=queue)
     linking = Linking(blocks.layout, None, bool(consecutive), whole=True)
@@ -291,13 +299,22 @@ def _laid_out(
     inputs: tuple[Any, ...],
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None,
     halo: HaloLike,
-) -> tuple[list[Input], SideBySide]:
+    drop_axis: SupportsIndex | Iterable[SupportsIndex] = (),
+) -> tuple[list[Input], SideBySide, dict[int, tuple[int, ...]]]:
+    """Return the inputs, where blocks lie, and per input which of its axes labels lack."""
     items = [as_input(value) for value in inputs]
     for number, item in enumerate(items):
-        if item.halo is not None:
+        if item.halo is not None and item.index_map is None:
             raise ValueError(f"input {number} has a halo of its own; all have that of the blocks")
-    grid = grid_of(cell_shape, items)
-    return items, SideBySide(grid, Halo.of(halo, grid.ndim))
+    plain = {number: item for number, item in enumerate(items) if item.index_map is None}
+    ndim = len(common_shape(list(plain.values()))) if plain else 0
+    dropped = as_axes(drop_axis, ndim, "drop_axis")
+    grid = grid_of(cell_shape, items, dropped)
+    own = {}
+    for number, item in plain.items():
+        skip = ndim - len(item.shape)
+        own[number] = tuple(axis - skip for axis in dropped if axis >= skip)
+    return items, SideBySide(grid, Halo.of(halo, grid.ndim)), own
 
 
 def _block_labels(
@@ -305,6 +322,7 @@ def _block_labels(
     items: list[Input],
     layout: SideBySide,
     *,
+    dropped: Mapping[int, tuple[int, ...]] | None = None,
     boundary: str = "none",
     fill_value: Any = 0,
     params: Mapping[str, Any] | None = None,
@@ -316,12 +334,12 @@ def _block_labels(
     grid = layout.grid
     plans = []
     for number, item in enumerate(items):
-        place: Callable[[Roi], Roi] = CellOfBlock(layout, item.shape)
+        place: Callable[[Roi], Roi]
         if item.index_map is None:
-            inherited = inherited_halo(layout.halo, item.shape, grid.shape)
+            place, inherited = _followed(item.shape, (dropped or {}).get(number, ()), layout)
         else:
             place = Then(CellOfBlock(layout, grid.shape), item.index_map)
-            inherited = Halo.of(layout.halo, len(item.shape))
+            inherited = layout.halo
         plan = item.plan(number, None, inherited, boundary, fill_value)
         plans.append(replace(plan, links=None, index_map=place))
     image = make_image(
@@ -336,6 +354,23 @@ def _block_labels(
         version,
     )
     return BlockLabels(image.node, layout)
+
+
+def _followed(
+    shape: tuple[int, ...], dropped: tuple[int, ...], layout: SideBySide
+) -> tuple[Callable[[Roi], Roi], Halo]:
+    """Return how an input follows the blocks: its box for each of them, and its halo."""
+    rest = tuple(extent for axis, extent in enumerate(shape) if axis not in dropped)
+    place = CellOfBlock(layout, rest)
+    halo = inherited_halo(layout.halo, rest, layout.grid.shape)
+    if not dropped:
+        return place, halo
+    before, after = list(halo.before), list(halo.after)
+    for axis in dropped:
+        before.insert(axis, 0)
+        after.insert(axis, 0)
+    extents = tuple(shape[axis] for axis in dropped)
+    return WithAxes(place, dropped, extents), Halo(tuple(before), tuple(after))
 
 
 def _stitched(
@@ -383,7 +418,7 @@ def _stitched(
         blocks.array if isinstance(blocks, Input) else blocks, index_map=BlockOfCell(layout)
     )
     final = make_image(
-        FillFunction(LookUpIds(linking, size)),
+        FillFunction(LookUpIds(linking, size), in_place=True),
         grid,
         [core, told],
         [item.plan(number, None, 0, "none", 0) for number, item in enumerate((core, told))],

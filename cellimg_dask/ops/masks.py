@@ -74,9 +74,12 @@ def merge_masks(parts: Sequence[Masks]) -> Masks:
     """Return the objects of several blocks, one after the other."""
     if len(parts) == 1:
         return parts[0]
+    names = parts[0].columns
     return Masks(
-        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("label", "start", "stop")),
-        {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
+        np.concatenate([part.label for part in parts]),
+        np.concatenate([part.start for part in parts]),
+        np.concatenate([part.stop for part in parts]),
+        {name: np.concatenate([part.columns[name] for part in parts]) for name in names},
     )
 
 
@@ -106,12 +109,11 @@ class MeasureMasks:
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of what a property is for one object."""
+        channels = () if self.channels is None else (self.channels,)
         for extra in self.extras:
             if extra.name == name:
-                several = extra.needs_image and self.channels is not None
-                return (*extra.dtype.shape, *((self.channels,) if several else ()))  # type: ignore[arg-type]
-        by_channel = MASK_PROPERTIES[name].by_channel and self.channels is not None
-        return (self.channels,) if by_channel else ()  # type: ignore[return-value]
+                return (*extra.dtype.shape, *(channels if extra.needs_image else ()))
+        return channels if MASK_PROPERTIES[name].by_channel else ()
 
     def nothing(self, objects: Objects) -> Masks:
         """Return that nothing was measured of no objects."""

@@ -110,7 +110,7 @@ def inertia_tensors(count: NDArray[Any], second: Floats) -> Floats:
     """
     ndim = second.shape[1]
     own = np.einsum("naa->na", second)
-    result = -second / count[:, None, None]
+    result: Floats = -second / count[:, None, None]
     # About an axis turns what is away from it along the others.
     total = own.sum(axis=1, keepdims=True)
     result[:, range(ndim), range(ndim)] = (total - own) / count[:, None]
@@ -121,18 +121,21 @@ def eigenvalues(tensors: Floats) -> Floats:
     """Return the eigenvalues of inertia tensors, largest first, shape ``(objects, axes)``."""
     if not len(tensors):
         return np.zeros(tensors.shape[:2])
-    values: Floats = np.linalg.eigvalsh(tensors)[:, ::-1]
+    values: Floats = np.array(np.linalg.eigvalsh(tensors)[:, ::-1], np.float64)
     # Rounded, some are a little below 0.
-    return np.clip(values, 0, None)
+    values[values < 0] = 0
+    return values
 
 
 def axis_lengths(values: Floats) -> tuple[Floats, Floats]:
     """Return the longest and the shortest axis of the ellipses with these eigenvalues."""
     if values.shape[1] == 2:
-        return 4 * np.sqrt(values[:, 0]), 4 * np.sqrt(values[:, 1])
-    first, second, third = values.T
-    major, minor = first + second - third, second + third - first
-    return np.sqrt(10 * np.clip(major, 0, None)), np.sqrt(10 * np.clip(minor, 0, None))
+        lengths: Floats = 4 * np.sqrt(values)
+    else:
+        first, second, third = values.T
+        squares = np.stack([first + second - third, second + third - first], axis=1)
+        lengths = np.asarray(np.sqrt(10 * np.maximum(squares, 0.0)))
+    return lengths[:, 0], lengths[:, 1]
 
 
 def orientations(tensors: Floats) -> Floats:

@@ -1,9 +1,10 @@
 """What is known of the objects of a label image, and how it is put together from cells.
 
 All that is kept can be merged: numbers of voxels, boxes, sums of coordinates and of intensities.
-Sums of coordinates of order 0 to 2 are exact integers, relative to the object's box; those of
-higher order, and those weighted by intensity, are relative to its centroid. So nothing cancels,
-wherever the object is.
+Sums of coordinates of order 1 and 2 are exact integers, counted from the object's box. Moments of
+higher order, and those weighted by intensity, are summed twice, where both are wanted: counted
+from the box and about the centroid. Neither could be had from the other without that something
+cancels, for objects of some shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import combinations_with_replacement, product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cellimg_dask.ops.moments import shifted
 
@@ -30,21 +31,26 @@ class Wants:
 
     second: bool = False
     """Sums of the products of two coordinates."""
-    moments: bool = False
-    """Moments of order 0 to 3 along each axis."""
+    raw: bool = False
+    """Moments of order 0 to 3 along each axis, counted from the box."""
+    central: bool = False
+    """The same, about the centroid."""
     sums: bool = False
     """Sums of intensities."""
     extremes: bool = False
     """Smallest and largest intensities."""
     spread: bool = False
     """Sums of squared distances of intensities from their mean."""
-    weighted: int | None = None
-    """Highest power of coordinates, weighted by intensity; None: not collected."""
+    weighted_raw: bool = False
+    """Moments of order 0 to 3 that are weighted by intensity, counted from the box."""
+    weighted_central: int | None = None
+    """Highest order of such moments about the centroid of the voxels; None: not collected."""
 
     @property
     def intensities(self) -> bool:
         """Whether intensities are needed."""
-        return self.sums or self.extremes or self.spread or self.weighted is not None
+        moments = self.weighted_raw or self.weighted_central is not None
+        return self.sums or self.extremes or self.spread or moments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +67,9 @@ class Intensities:
     """What the mean has above that."""
     spread: NDArray[np.float64] | None = None
     """Sum of squared distances from the mean."""
-    moments: NDArray[np.float64] | None = None
+    raw: NDArray[np.float64] | None = None
+    """Weighted moments, ``(objects, channels, 4, …)``, counted from the start of the box."""
+    central: NDArray[np.float64] | None = None
     """``(objects, channels, order + 1, …)``, about the centroid of the voxels."""
 
 
@@ -80,8 +88,10 @@ class Objects:
     """``(objects, axes)``: sums of coordinates, counted from the start of the box."""
     second: NDArray[Any] | None = None
     """``(objects, pairs of axes)``: sums of products of two such coordinates."""
-    moments: NDArray[np.float64] | None = None
-    """``(objects, 4, …)``, about the centroid."""
+    raw: NDArray[np.float64] | None = None
+    """Moments, ``(objects, 4, …)``, counted from the start of the box."""
+    central: NDArray[np.float64] | None = None
+    """The same about the centroid."""
     intensities: Intensities | None = None
 
     def __len__(self) -> int:
@@ -90,7 +100,7 @@ class Objects:
     @property
     def ndim(self) -> int:
         """Number of axes of the label image."""
-        return self.start.shape[1]
+        return int(self.start.shape[1])
 
     @property
     def centre(self) -> NDArray[np.float64]:
@@ -107,7 +117,7 @@ def pairs(ndim: int) -> list[tuple[int, int]]:
 
 
 def measure(
-    labels: NDArray[Any], image: NDArray[Any] | None, origin: Sequence[int], wants: Wants
+    labels: NDArray[Any], image: NDArray[Any] | None, origin: ArrayLike, wants: Wants
 ) -> Objects:
     """Return the objects in a block.
 
@@ -154,32 +164,17 @@ def measure(
                 sums.append(runs.sums(length * near[a] * near[b]))
         second = np.stack(sums, axis=1)
     centre = first / count[:, None]
-    moments = None
-    if wants.moments:
-        away = [line - centre[runs.object, axis] for axis, line in enumerate(near)]
-        middle = begin + (length - 1) / 2 - centre[runs.object, -1]
-        # The powers of a run's voxels, summed, from the middle of the run.
-        wide = length * (length * length - 1) / 12
-        along_run = [
-            length.astype(np.float64),
-            length * middle,
-            length * middle**2 + wide,
-            length * middle**3 + 3 * wide * middle,
-        ]
-        moments = runs.moments(away, along_run, 3)
+    zero = np.zeros(centre.shape)
+    raw = runs.moments(near, begin, zero) if wants.raw else None
+    central = runs.moments(near, begin, centre) if wants.central else None
     offset = np.asarray(origin, np.int64)
+    stop = np.stack(high, axis=1)
     intensities = None
     if image is not None and wants.intensities:
-        intensities = _measure_intensities(labels, image, runs, near, centre, start, count, wants)
+        weigh = _Weigh(runs, near, begin, zero, centre, wants)
+        intensities = _measure_intensities(labels, image, runs, count, weigh, wants)
     return Objects(
-        runs.label,
-        count,
-        start + offset,
-        np.stack(high, axis=1) + offset,
-        first,
-        second,
-        moments,
-        intensities,
+        runs.label, count, start + offset, stop + offset, first, second, raw, central, intensities
     )
 
 
@@ -231,7 +226,7 @@ class _Runs:
             found.astype(_label_dtype(flat.dtype)),
             np.searchsorted(number, np.arange(len(found))),
             number,
-            [np.asarray(c, np.int64) for c in np.unravel_index(line, labels.shape[:-1])],
+            _unravelled(line, labels.shape[:-1]),
             begin,
             length,
             place,
@@ -249,34 +244,100 @@ class _Runs:
 
     def moments(
         self,
-        lines: Sequence[NDArray[np.float64]],
-        along: Sequence[NDArray[np.float64]],
-        order: int,
+        near: Sequence[NDArray[np.int64]],
+        begin: NDArray[np.int64],
+        about: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """Sum the products of powers: of places across runs, and what there is along each run."""
-        powers = [[line**power for power in range(order + 1)] for line in lines]
+        """Sum products of powers of coordinates less ``about``, which there is for each object."""
+        length = self.length
+        middle = begin + (length - 1) / 2 - about[self.object, -1]
+        # The powers of the coordinates along a run, summed, from the middle of the run.
+        wide = length * (length * length - 1) / 12
+        along = [
+            length.astype(np.float64),
+            length * middle,
+            length * middle**2 + wide,
+            length * middle**3 + 3 * wide * middle,
+        ]
+        return self.product_sums(near, about, along)
+
+    def product_sums(
+        self,
+        near: Sequence[NDArray[np.int64]],
+        about: NDArray[np.float64],
+        along: Sequence[NDArray[np.float64]],
+    ) -> NDArray[np.float64]:
+        """Sum products of powers: of places across runs, and what there is along each run."""
+        size = len(along)
+        away = [line - about[self.object, axis] for axis, line in enumerate(near)]
+        powers = [[line**power for power in range(size)] for line in away]
         sums = []
-        for across in product(range(order + 1), repeat=len(lines)):
+        for across in product(range(size), repeat=len(near)):
             factor: Any = 1.0
             for axis, power in enumerate(across):
                 if power:
                     factor = factor * powers[axis][power]
             sums += [self.sums(factor * part) for part in along]
-        return np.stack(sums, axis=1).reshape((-1, *(order + 1,) * (len(lines) + 1)))
+        return np.stack(sums, axis=1).reshape((-1, *(size,) * (len(near) + 1)))
+
+
+def _unravelled(index: NDArray[np.int64], shape: tuple[int, ...]) -> list[NDArray[np.int64]]:
+    # NumPy's has no answer where there are no axes.
+    return [np.asarray(c, np.int64) for c in np.unravel_index(index, shape)] if shape else []
 
 
 def _label_dtype(dtype: np.dtype[Any]) -> type[np.generic]:
     return np.uint64 if dtype == np.uint64 else np.int64
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weigh:
+    """Sums moments that are weighted by intensity."""
+
+    runs: _Runs
+    near: Sequence[NDArray[np.int64]]
+    begin: NDArray[np.int64]
+    zero: NDArray[np.float64]
+    centre: NDArray[np.float64]
+    wants: Wants
+
+    def moments(self, values: NDArray[Any], begins: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return the moments that are wanted of one channel."""
+        found = {}
+        if self.wants.weighted_raw:
+            found["raw"] = self._about(self.zero, values, begins, 3)
+        if self.wants.weighted_central is not None:
+            order = self.wants.weighted_central
+            found["central"] = self._about(self.centre, values, begins, order)
+        return found
+
+    def _about(
+        self,
+        about: NDArray[np.float64],
+        values: NDArray[Any],
+        begins: NDArray[np.int64],
+        order: int,
+    ) -> NDArray[np.float64]:
+        runs = self.runs
+        if not len(runs.length):
+            return np.zeros((0, *(order + 1,) * (len(self.near) + 1)))
+        first = self.begin - begins - about[runs.object, -1]
+        away = np.arange(values.size) + np.repeat(first, runs.length)
+        weight = values.astype(np.float64)
+        along = []
+        with np.errstate(all="ignore"):
+            for _ in range(order + 1):
+                along.append(np.add.reduceat(weight, begins))
+                weight = weight * away
+            return runs.product_sums(self.near, about, along)
+
+
 def _measure_intensities(
     labels: NDArray[Any],
     image: NDArray[Any],
     runs: _Runs,
-    near: Sequence[NDArray[np.int64]],
-    centre: NDArray[np.float64],
-    start: NDArray[np.int64],
     count: NDArray[np.int64],
+    weigh: _Weigh,
     wants: Wants,
 ) -> Intensities:
     # The voxels of objects only, run after run.
@@ -288,55 +349,29 @@ def _measure_intensities(
     if voxels.dtype.kind == "b":
         voxels = voxels.view(np.uint8)
     by_run = _ByRun(runs, begins)
-    channels = [np.ascontiguousarray(voxels[:, c]) for c in range(voxels.shape[1])]
-    found: dict[str, list[NDArray[Any]]] = {}
-    for values in channels:
+    channels = []
+    for channel in range(num_channels):
+        values = np.ascontiguousarray(voxels[:, channel])
+        found = weigh.moments(values, begins)
         if wants.extremes:
-            found.setdefault("min", []).append(by_run.reduce(np.minimum, values))
-            found.setdefault("max", []).append(by_run.reduce(np.maximum, values))
+            found["min"] = by_run.reduce(np.minimum, values)
+            found["max"] = by_run.reduce(np.maximum, values)
         total = by_run.exact_sums(values) if wants.sums or wants.spread else count
         if wants.sums:
-            found.setdefault("sum", []).append(total)
+            found["sum"] = total
         if wants.spread:
             with np.errstate(all="ignore"):
                 mean = (total / count).astype(np.float64)
                 away = values - np.repeat(mean[runs.object], runs.length)
                 rest = by_run.reduce(np.add, away) / count
                 spread = by_run.reduce(np.add, away * away) - count * rest**2
-            found.setdefault("near", []).append(mean)
-            found.setdefault("rest", []).append(rest)
-            found.setdefault("spread", []).append(spread)
-        if wants.weighted is not None:
-            found.setdefault("moments", []).append(
-                _weighted(values, runs, begins, near, centre, start, wants.weighted)
-            )
+            found |= {"near": mean, "rest": rest, "spread": spread}
+        channels.append(found)
     if not channels:
         return Intensities()
-    return Intensities(**{name: np.stack(parts, axis=1) for name, parts in found.items()})
-
-
-def _weighted(
-    values: NDArray[Any],
-    runs: _Runs,
-    begins: NDArray[np.int64],
-    near: Sequence[NDArray[np.int64]],
-    centre: NDArray[np.float64],
-    start: NDArray[np.int64],
-    order: int,
-) -> NDArray[np.float64]:
-    """Return moments about the centroids, weighted by intensity."""
-    if not len(runs.length):
-        return np.zeros((0, *(order + 1,) * (len(near) + 1)))
-    middle = centre[runs.object, -1] + start[runs.object, -1]
-    away = np.arange(values.size) + np.repeat(runs.begin - begins - middle, runs.length)
-    weight = values.astype(np.float64)
-    along = []
-    with np.errstate(all="ignore"):
-        for _ in range(order + 1):
-            along.append(np.add.reduceat(weight, begins))
-            weight = weight * away
-        lines = [line - centre[runs.object, axis] for axis, line in enumerate(near)]
-        return runs.moments(lines, along, order)
+    return Intensities(
+        **{name: np.stack([found[name] for found in channels], axis=1) for name in channels[0]}
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -362,7 +397,8 @@ class _ByRun:
             return self.reduce(np.add, values.astype(kind))
         # Halves of 32 bits each, put together as Python's integers.
         upper = self.reduce(np.add, values >> 32).astype(object)
-        return upper * (1 << 32) + self.reduce(np.add, values & 0xFFFFFFFF).astype(object)
+        lower = self.reduce(np.add, values & 0xFFFFFFFF).astype(object)
+        return np.asarray(upper * (1 << 32) + lower)
 
 
 # ---------------------------------------------------------------- several cells
@@ -406,14 +442,15 @@ def merge(parts: Sequence[Objects]) -> Objects:
     merged = Objects(label, count, start, stop, first, second)
     # From the centroid of a part to that of the whole.
     move = by.astype(np.float64) + rows.centre - merged.centre[number]
-    several = groups.several
-    moments = None
-    if rows.moments is not None:
-        moments = groups.sums(_moved(rows.moments, move, several))
-    intensities = None
+    far = by.astype(np.float64)
+    raw = central = intensities = None
+    if rows.raw is not None:
+        raw = groups.sums(groups.moved(rows.raw, far))
+    if rows.central is not None:
+        central = groups.sums(groups.moved(rows.central, move))
     if rows.intensities is not None:
-        intensities = _merged_intensities(rows, rows.intensities, groups, move)
-    return Objects(label, count, start, stop, first, second, moments, intensities)
+        intensities = _merged_intensities(rows, rows.intensities, groups, far, move)
+    return Objects(label, count, start, stop, first, second, raw, central, intensities)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -433,23 +470,22 @@ class _Groups:
         with np.errstate(all="ignore"):
             return self.reduce(np.add, rows)
 
-    @property
-    def several(self) -> NDArray[np.bool_]:
-        """Of each row, whether its group has others."""
+    def moved(self, moments: NDArray[np.float64], by: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return moments of coordinates to which ``by`` is added."""
         sizes = np.diff(self.bounds, append=len(self.number))
-        return sizes[self.number] > 1
-
-
-def _moved(
-    moments: NDArray[np.float64], by: NDArray[np.float64], which: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    result = moments.copy()
-    result[which] = shifted(moments[which], by[which])
-    return result
+        # Who is alone stays where it is.
+        several = sizes[self.number] > 1
+        result = moments.copy()
+        result[several] = shifted(moments[several], by[several])
+        return result
 
 
 def _merged_intensities(
-    rows: Objects, known: Intensities, groups: _Groups, move: NDArray[np.float64]
+    rows: Objects,
+    known: Intensities,
+    groups: _Groups,
+    far: NDArray[np.float64],
+    move: NDArray[np.float64],
 ) -> Intensities:
     found: dict[str, NDArray[Any]] = {}
     if known.sum is not None:
@@ -471,12 +507,14 @@ def _merged_intensities(
             apart = above - rest[groups.number]
             spread = groups.sums(known.spread + count * apart**2)
         found |= {"near": near, "rest": rest, "spread": spread}
-    if known.moments is not None:
-        channels = [
-            groups.sums(_moved(known.moments[:, channel], move, groups.several))
-            for channel in range(known.moments.shape[1])
-        ]
-        found["moments"] = np.stack(channels, axis=1)
+    for name, moments, by in (("raw", known.raw, far), ("central", known.central, move)):
+        if moments is not None:
+            channels = [
+                groups.sums(groups.moved(moments[:, channel], by))
+                for channel in range(moments.shape[1])
+            ]
+            if channels:
+                found[name] = np.stack(channels, axis=1)
     return Intensities(**found)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from cellimg_dask.geometry import CellGrid, Halo, Roi
 
-__all__ = ["BlockOfCell", "CellOfBlock", "SideBySide"]
+__all__ = ["BlockOfCell", "CellOfBlock", "SideBySide", "WithAxes"]
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,24 @@ class BlockOfCell:
             )
         )
         return Roi(start, tuple(map(sum, zip(start, cell.shape, strict=True))))
+
+
+@dataclass(frozen=True)
+class WithAxes:
+    """From a box to one that has some axes more, of which all is read."""
+
+    place: Callable[[Roi], Roi]
+    """What gives the box without these axes."""
+    axes: tuple[int, ...]
+    """Where they are, sorted."""
+    extents: tuple[int, ...]
+    """How long they are."""
+
+    def __call__(self, roi: Roi) -> Roi:
+        """Return the box with the axes."""
+        box = self.place(roi)
+        start, stop = list(box.start), list(box.stop)
+        for axis, extent in zip(self.axes, self.extents, strict=True):
+            start.insert(axis, 0)
+            stop.insert(axis, extent)
+        return Roi(tuple(start), tuple(stop))

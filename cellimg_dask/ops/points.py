@@ -16,10 +16,11 @@ from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import Input, as_input
 from cellimg_dask.image.values import cell_values
+from cellimg_dask.ops.frames import frame_of
 from cellimg_dask.ops.point_table import Found, PointTable
 from cellimg_dask.ops.seams import Seams, depths
 from cellimg_dask.queues.block_queue import BlockQueue
-from cellimg_dask.state.cache import CellCache
+from cellimg_dask.state.cache import CellCache, get_cache
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -125,8 +126,6 @@ def map_points(
     0  1.0  3.0    1.0
     1  4.0  6.0    1.0
     """
-    from cellimg_dask.ops.frames import frame_of
-
     check_boundary(boundary)
     if isinstance(f, BlockCode):
         raise TypeError("BlockCode returns nothing; give a function that returns points")
@@ -163,7 +162,8 @@ def map_points(
         boundary=boundary,
         fill_value=fill_value,
         params=params,
-        cache=cache,
+        # Neighbours read what a cell has found.
+        cache=get_cache() if cache is None and tol is not None else cache,
         queue=queue,
         version=version,
     )

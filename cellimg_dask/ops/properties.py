@@ -57,7 +57,8 @@ class Measured:
     ) -> None:
         self._objects = objects
         self._shape = shape
-        self._spacing = np.asarray(spacing, np.float64)
+        self._steps = tuple(spacing)
+        self._spacing = np.array(self._steps, np.float64)
         self._channels = channels
         self._sums = sums
         self._known: dict[str, NDArray[Any]] = {}
@@ -70,47 +71,47 @@ class Measured:
 
     # ------------------------------------------------------------------ boxes and numbers
 
-    def label(self) -> NDArray[Any]:
+    def _label(self) -> NDArray[Any]:
         return self._objects.label
 
-    def num_pixels(self) -> NDArray[Any]:
+    def _num_pixels(self) -> NDArray[Any]:
         return self._objects.count
 
-    def area(self) -> NDArray[Any]:
-        return self._objects.count * np.prod(self._spacing)
+    def _area(self) -> NDArray[Any]:
+        return np.asarray(self._objects.count * np.prod(self._spacing))
 
-    def bbox(self) -> NDArray[Any]:
+    def _bbox(self) -> NDArray[Any]:
         return np.concatenate([self._objects.start, self._objects.stop], axis=1)
 
-    def slice(self) -> NDArray[Any]:
+    def _slice(self) -> NDArray[Any]:
         result = np.empty(len(self._objects), object)
         ends = zip(self._objects.start.tolist(), self._objects.stop.tolist(), strict=True)
         for number, (start, stop) in enumerate(ends):
             result[number] = tuple(map(slice, start, stop))
         return result
 
-    def area_bbox(self) -> NDArray[Any]:
+    def _area_bbox(self) -> NDArray[Any]:
         extents = (self._objects.stop - self._objects.start).astype(np.float64)
-        return extents.prod(axis=1) * np.prod(self._spacing)
+        return np.asarray(extents.prod(axis=1) * np.prod(self._spacing))
 
-    def extent(self) -> NDArray[Any]:
+    def _extent(self) -> NDArray[Any]:
         return np.asarray(self["area"] / self["area_bbox"])
 
-    def equivalent_diameter_area(self) -> NDArray[Any]:
+    def _equivalent_diameter_area(self) -> NDArray[Any]:
         ndim = self._objects.ndim
         return np.asarray((2 * ndim * self["area"] / np.pi) ** (1 / ndim))
 
-    def touches_border(self) -> NDArray[Any]:
+    def _touches_border(self) -> NDArray[Any]:
         start, stop = self._objects.start, self._objects.stop
-        return np.any((start == 0) | (stop == np.asarray(self._shape)), axis=1)
+        return np.asarray(np.any((start == 0) | (stop == np.asarray(self._shape)), axis=1))
 
     # ------------------------------------------------------------------ centroids and shape
 
-    def centroid(self) -> NDArray[Any]:
-        return (self._objects.start + self._objects.centre) * self._spacing
+    def _centroid(self) -> NDArray[Any]:
+        return np.asarray((self._objects.start + self._objects.centre) * self._spacing)
 
-    def centroid_local(self) -> NDArray[Any]:
-        return self._objects.centre * self._spacing
+    def _centroid_local(self) -> NDArray[Any]:
+        return np.asarray(self._objects.centre * self._spacing)
 
     def _second_central(self) -> NDArray[np.float64]:
         """Return the central moments of order 2 of each pair of axes, rounded once."""
@@ -127,57 +128,49 @@ class Measured:
             result[:, a, b] = result[:, b, a] = (exact / count).astype(np.float64)
         return result
 
-    def inertia_tensor(self) -> NDArray[Any]:
+    def _inertia_tensor(self) -> NDArray[Any]:
         second = self._second_central() * self._spacing * self._spacing[:, None]
         return inertia_tensors(self._objects.count, second)
 
-    def inertia_tensor_eigvals(self) -> NDArray[Any]:
+    def _inertia_tensor_eigvals(self) -> NDArray[Any]:
         return eigenvalues(self["inertia_tensor"])
 
-    def axis_major_length(self) -> NDArray[Any]:
+    def _axis_major_length(self) -> NDArray[Any]:
         return axis_lengths(self["inertia_tensor_eigvals"])[0]
 
-    def axis_minor_length(self) -> NDArray[Any]:
+    def _axis_minor_length(self) -> NDArray[Any]:
         return axis_lengths(self["inertia_tensor_eigvals"])[1]
 
-    def eccentricity(self) -> NDArray[Any]:
+    def _eccentricity(self) -> NDArray[Any]:
         major, minor = self["inertia_tensor_eigvals"].T
         return np.where(major == 0, 0.0, np.sqrt(1 - minor / np.where(major == 0, 1, major)))
 
-    def orientation(self) -> NDArray[Any]:
+    def _orientation(self) -> NDArray[Any]:
         return orientations(self["inertia_tensor"])
 
     # ------------------------------------------------------------------ moments
 
-    def moments(self) -> NDArray[Any]:
-        objects = self._objects
-        assert objects.moments is not None
-        assert objects.second is not None
-        result = shifted(objects.moments, objects.centre)
-        result[(slice(None), *(0,) * objects.ndim)] = objects.count
-        for axis in range(objects.ndim):
-            result[_powers(objects.ndim, axis)] = objects.first[:, axis].astype(np.float64)
-        for column, (a, b) in enumerate(pairs(objects.ndim)):
-            exact = objects.second[:, column].astype(np.float64)
-            result[_powers(objects.ndim, a, b)] = exact
-        return scaled(result, self._spacing)
+    def _moments(self) -> NDArray[Any]:
+        assert self._objects.raw is not None
+        return scaled(self._objects.raw, self._steps)
 
-    def moments_central(self) -> NDArray[Any]:
+    def _moments_central(self) -> NDArray[Any]:
         objects = self._objects
-        assert objects.moments is not None
-        result = objects.moments.copy()
-        result[(slice(None), *(0,) * objects.ndim)] = objects.count
+        assert objects.central is not None
+        result = objects.central.copy()
+        result[_zero(objects.ndim)] = objects.count
+        # Those of order 1 and 2 are known without what rounding left.
         second = self._second_central()
         for axis in range(objects.ndim):
             result[_powers(objects.ndim, axis)] = 0
         for a, b in pairs(objects.ndim):
             result[_powers(objects.ndim, a, b)] = second[:, a, b]
-        return scaled(result, self._spacing)
+        return scaled(result, self._steps)
 
-    def moments_normalized(self) -> NDArray[Any]:
-        return normalized(self["moments_central"], self._spacing)
+    def _moments_normalized(self) -> NDArray[Any]:
+        return normalized(self["moments_central"], self._steps)
 
-    def moments_hu(self) -> NDArray[Any]:
+    def _moments_hu(self) -> NDArray[Any]:
         return hu_moments(self["moments_normalized"])
 
     # ------------------------------------------------------------------ intensities
@@ -191,32 +184,34 @@ class Measured:
         assert values is not None
         return values if self._channels is not None else values[..., 0]
 
-    def intensity_sum(self) -> NDArray[Any]:
+    def _intensity_sum(self) -> NDArray[Any]:
         total = self._of_channels(self._intensities.sum)
         if total.dtype.hasobject:
             total = (total & (2**64 - 1)).astype(np.uint64)
         return total.astype(self._sums)
 
-    def intensity_mean(self) -> NDArray[Any]:
+    def _intensity_mean(self) -> NDArray[Any]:
         assert self._intensities.sum is not None
         mean = self._intensities.sum / self._objects.count[:, None]
         return self._of_channels(mean.astype(np.float64))
 
-    def intensity_min(self) -> NDArray[Any]:
+    def _intensity_min(self) -> NDArray[Any]:
         return self._of_channels(self._intensities.min).astype(np.float64)
 
-    def intensity_max(self) -> NDArray[Any]:
+    def _intensity_max(self) -> NDArray[Any]:
         return self._of_channels(self._intensities.max).astype(np.float64)
 
-    def intensity_std(self) -> NDArray[Any]:
+    def _intensity_std(self) -> NDArray[Any]:
         assert self._intensities.spread is not None
         var = self._intensities.spread / self._objects.count[:, None]
         # Rounded, some are a little below 0.
         return self._of_channels(np.sqrt(np.where(var < 0, 0, var)))
 
-    def _weighted(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
+    def _weighted(
+        self, change: Callable[[NDArray[Any]], NDArray[Any]], *, raw: bool = False
+    ) -> NDArray[Any]:
         """Do something with the weighted moments of each channel."""
-        moments = self._intensities.moments
+        moments = self._intensities.raw if raw else self._intensities.central
         assert moments is not None
         channels = [change(moments[:, channel]) for channel in range(moments.shape[1])]
         return self._of_channels(np.stack(channels, axis=-1))
@@ -224,37 +219,41 @@ class Measured:
     def _off_centre(self, moments: NDArray[Any]) -> NDArray[Any]:
         """Return how far the weighted centroid is from that of the voxels."""
         ndim = self._objects.ndim
-        total = moments[(slice(None), *(0,) * ndim)]
+        total = moments[_zero(ndim)]
         return np.stack([moments[_powers(ndim, a)] / total for a in range(ndim)], axis=1)
 
-    def centroid_weighted_local(self) -> NDArray[Any]:
+    def _centroid_weighted_local(self) -> NDArray[Any]:
         centre = self._objects.centre
         return self._weighted(lambda m: (centre + self._off_centre(m)) * self._spacing)
 
-    def centroid_weighted(self) -> NDArray[Any]:
+    def _centroid_weighted(self) -> NDArray[Any]:
         centre = self._objects.start + self._objects.centre
         return self._weighted(lambda m: (centre + self._off_centre(m)) * self._spacing)
 
-    def moments_weighted(self) -> NDArray[Any]:
-        centre = self._objects.centre
-        return self._weighted(lambda m: scaled(shifted(m, centre), self._spacing))
+    def _moments_weighted(self) -> NDArray[Any]:
+        return self._weighted(lambda m: scaled(m, self._steps), raw=True)
 
     def _weighted_central(self, moments: NDArray[Any]) -> NDArray[Any]:
-        return scaled(shifted(moments, -self._off_centre(moments)), self._spacing)
+        return scaled(shifted(moments, -self._off_centre(moments)), self._steps)
 
-    def moments_weighted_central(self) -> NDArray[Any]:
+    def _moments_weighted_central(self) -> NDArray[Any]:
         return self._weighted(self._weighted_central)
 
-    def moments_weighted_normalized(self) -> NDArray[Any]:
-        return self._weighted(lambda m: normalized(self._weighted_central(m), self._spacing))
+    def _moments_weighted_normalized(self) -> NDArray[Any]:
+        return self._weighted(lambda m: normalized(self._weighted_central(m), self._steps))
 
-    def moments_weighted_hu(self) -> NDArray[Any]:
+    def _moments_weighted_hu(self) -> NDArray[Any]:
         return self._weighted(
-            lambda m: hu_moments(normalized(self._weighted_central(m), self._spacing))
+            lambda m: hu_moments(normalized(self._weighted_central(m), self._steps))
         )
 
 
-def _powers(ndim: int, *axes: int) -> tuple[Any, ...]:
+def _zero(ndim: int) -> Any:
+    """Return the index of the moments of order 0."""
+    return (slice(None), *(0,) * ndim)
+
+
+def _powers(ndim: int, *axes: int) -> Any:
     """Return the index of the moments with these axes to the power of how often they come."""
     return (slice(None), *(axes.count(axis) for axis in range(ndim)))
 
@@ -262,57 +261,59 @@ def _powers(ndim: int, *axes: int) -> tuple[Any, ...]:
 # ---------------------------------------------------------------- names
 
 
+_NOTHING_MORE = Wants()
+
+
 @dataclass(frozen=True, slots=True)
 class _Property:
     """A property that follows from what can be merged."""
 
     compute: Callable[[Measured], NDArray[Any]]
-    wants: Wants = Wants()
+    wants: Wants = _NOTHING_MORE
     axes: tuple[int, ...] = ()
     """Numbers of axes for which it is defined; none: all."""
     even: bool = False
     """Whether voxels have to have the extent 1 along all axes."""
 
 
-_BOX, _SECOND, _MOMENTS = Wants(), Wants(second=True), Wants(second=True, moments=True)
+_SECOND, _CENTRAL = Wants(second=True), Wants(second=True, central=True)
+_WEIGHTED, _BALANCE = Wants(weighted_central=3), Wants(weighted_central=1)
 _FLAT = (2,)
 _COMPUTED: Mapping[str, _Property] = {
-    "label": _Property(Measured.label),
-    "num_pixels": _Property(Measured.num_pixels),
-    "area": _Property(Measured.area),
-    "bbox": _Property(Measured.bbox),
-    "slice": _Property(Measured.slice),
-    "area_bbox": _Property(Measured.area_bbox),
-    "extent": _Property(Measured.extent),
-    "equivalent_diameter_area": _Property(Measured.equivalent_diameter_area),
-    "touches_border": _Property(Measured.touches_border),
-    "centroid": _Property(Measured.centroid),
-    "centroid_local": _Property(Measured.centroid_local),
-    "inertia_tensor": _Property(Measured.inertia_tensor, _SECOND),
-    "inertia_tensor_eigvals": _Property(Measured.inertia_tensor_eigvals, _SECOND),
-    "axis_major_length": _Property(Measured.axis_major_length, _SECOND, (2, 3)),
-    "axis_minor_length": _Property(Measured.axis_minor_length, _SECOND, (2, 3)),
-    "eccentricity": _Property(Measured.eccentricity, _SECOND, _FLAT),
-    "orientation": _Property(Measured.orientation, _SECOND, _FLAT),
-    "moments": _Property(Measured.moments, _MOMENTS),
-    "moments_central": _Property(Measured.moments_central, _MOMENTS),
-    "moments_normalized": _Property(Measured.moments_normalized, _MOMENTS),
-    "moments_hu": _Property(Measured.moments_hu, _MOMENTS, _FLAT, even=True),
-    "intensity_sum": _Property(Measured.intensity_sum, Wants(sums=True)),
-    "intensity_mean": _Property(Measured.intensity_mean, Wants(sums=True)),
-    "intensity_min": _Property(Measured.intensity_min, Wants(extremes=True)),
-    "intensity_max": _Property(Measured.intensity_max, Wants(extremes=True)),
-    "intensity_std": _Property(Measured.intensity_std, Wants(spread=True)),
-    "centroid_weighted": _Property(Measured.centroid_weighted, Wants(weighted=1)),
-    "centroid_weighted_local": _Property(Measured.centroid_weighted_local, Wants(weighted=1)),
-    "moments_weighted": _Property(Measured.moments_weighted, Wants(weighted=3)),
-    "moments_weighted_central": _Property(Measured.moments_weighted_central, Wants(weighted=3)),
-    "moments_weighted_normalized": _Property(
-        Measured.moments_weighted_normalized, Wants(weighted=3)
+    "label": _Property(Measured._label),
+    "num_pixels": _Property(Measured._num_pixels),
+    "area": _Property(Measured._area),
+    "bbox": _Property(Measured._bbox),
+    "slice": _Property(Measured._slice),
+    "area_bbox": _Property(Measured._area_bbox),
+    "extent": _Property(Measured._extent),
+    "equivalent_diameter_area": _Property(Measured._equivalent_diameter_area),
+    "touches_border": _Property(Measured._touches_border),
+    "centroid": _Property(Measured._centroid),
+    "centroid_local": _Property(Measured._centroid_local),
+    "inertia_tensor": _Property(Measured._inertia_tensor, _SECOND),
+    "inertia_tensor_eigvals": _Property(Measured._inertia_tensor_eigvals, _SECOND),
+    "axis_major_length": _Property(Measured._axis_major_length, _SECOND, (2, 3)),
+    "axis_minor_length": _Property(Measured._axis_minor_length, _SECOND, (2, 3)),
+    "eccentricity": _Property(Measured._eccentricity, _SECOND, _FLAT),
+    "orientation": _Property(Measured._orientation, _SECOND, _FLAT),
+    "moments": _Property(Measured._moments, Wants(raw=True)),
+    "moments_central": _Property(Measured._moments_central, _CENTRAL),
+    "moments_normalized": _Property(Measured._moments_normalized, _CENTRAL),
+    "moments_hu": _Property(Measured._moments_hu, _CENTRAL, _FLAT, even=True),
+    "intensity_sum": _Property(Measured._intensity_sum, Wants(sums=True)),
+    "intensity_mean": _Property(Measured._intensity_mean, Wants(sums=True)),
+    "intensity_min": _Property(Measured._intensity_min, Wants(extremes=True)),
+    "intensity_max": _Property(Measured._intensity_max, Wants(extremes=True)),
+    "intensity_std": _Property(Measured._intensity_std, Wants(spread=True)),
+    "centroid_weighted": _Property(Measured._centroid_weighted, Wants(weighted_central=1)),
+    "centroid_weighted_local": _Property(
+        Measured._centroid_weighted_local, Wants(weighted_central=1)
     ),
-    "moments_weighted_hu": _Property(
-        Measured.moments_weighted_hu, Wants(weighted=3), _FLAT, even=True
-    ),
+    "moments_weighted": _Property(Measured._moments_weighted, Wants(weighted_raw=True)),
+    "moments_weighted_central": _Property(Measured._moments_weighted_central, _WEIGHTED),
+    "moments_weighted_normalized": _Property(Measured._moments_weighted_normalized, _WEIGHTED),
+    "moments_weighted_hu": _Property(Measured._moments_weighted_hu, _WEIGHTED, _FLAT, even=True),
 }
 PROPERTIES = frozenset(_COMPUTED)
 """Those that follow from what is collected cell by cell."""
@@ -393,14 +394,16 @@ def _hint(name: str) -> str:
 def wants_of(names: Sequence[str]) -> Wants:
     """Return what has to be collected for some properties."""
     wanted = [_COMPUTED[name].wants for name in names if name in _COMPUTED]
-    weighted = [wants.weighted for wants in wanted if wants.weighted is not None]
+    orders = [w.weighted_central for w in wanted if w.weighted_central is not None]
     return Wants(
         second=any(wants.second for wants in wanted),
-        moments=any(wants.moments for wants in wanted),
+        raw=any(wants.raw for wants in wanted),
+        central=any(wants.central for wants in wanted),
         sums=any(wants.sums for wants in wanted),
         extremes=any(wants.extremes for wants in wanted),
         spread=any(wants.spread for wants in wanted),
-        weighted=max(weighted, default=None),
+        weighted_raw=any(wants.weighted_raw for wants in wanted),
+        weighted_central=max(orders, default=None),
     )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
-from cellimg_dask.blocks.functions import function_name
+from cellimg_dask.blocks.functions import bound_function, function_name
 from cellimg_dask.geometry import CellGrid, Halo, Roi
 from cellimg_dask.ops.linking import Down, Joined, Linking
 from cellimg_dask.ops.overlap import SideBySide
@@ -109,7 +109,7 @@ class FindObjects:
 
     def bound(self, bind: Callable[[Any], Any]) -> FindObjects:
         """Return the same with another function."""
-        return replace(self, function=bind(self.function))
+        return replace(self, function=bound_function(self.function, bind))
 
     def __call__(self, block: Block) -> None:
         """Call the function, check what it returns, and write it."""
@@ -210,7 +210,12 @@ class LookUpIds:
         )
         ids = self.linking.final_ids(told.item(), _place(position, self.size), position, in_core)
         # No label lies outside; to clip is several times as fast as to look.
-        np.take(ids, labels, out=block.data, mode="clip")
+        if block.data.flags.c_contiguous:
+            np.take(ids, labels, out=block.data, mode="clip")
+            return
+        # A part of a larger array is written plane by plane, by way of the processor's cache.
+        for plane, given in zip(block.data, labels, strict=True):
+            plane[...] = np.take(ids, given, mode="clip")
 
 
 @dataclass(frozen=True)

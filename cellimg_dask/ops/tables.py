@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -16,6 +16,7 @@ from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import Input, as_input
 from cellimg_dask.image.values import cell_values
+from cellimg_dask.ops.frames import frame_of
 from cellimg_dask.ops.masks import Extra, Masks, MeasureMasks, merge_masks, select_masks
 from cellimg_dask.ops.objects import Objects, Wants, measure, merge, select
 from cellimg_dask.ops.properties import (
@@ -28,7 +29,7 @@ from cellimg_dask.ops.properties import (
 )
 from cellimg_dask.ops.trees import group_shape
 from cellimg_dask.queues.block_queue import BlockQueue
-from cellimg_dask.state.cache import CellCache
+from cellimg_dask.state.cache import CellCache, get_cache
 
 if TYPE_CHECKING:
     import dask.dataframe
@@ -155,10 +156,11 @@ def _table(
     queue: BlockQueue | None,
 ) -> dask.dataframe.DataFrame:
     """Return the data frame; the arguments are checked."""
-    from cellimg_dask.ops.frames import frame_of
+    # What all partitions are picked from has to be kept.
+    keep = get_cache() if cache is None and npartitions > 1 else cache
 
     def values(f: Callable[[Block], Any], cells: CellGrid, *inputs: Any, **more: Any) -> CellImg:
-        return cell_values(f, cells, *inputs, cache=cache, queue=queue, **more)
+        return cell_values(f, cells, *inputs, cache=keep, queue=queue, **more)
 
     channels = None if picture is None else picture.channels
     collect = _Collect(
@@ -170,7 +172,8 @@ def _table(
     )
     pictures = [] if picture is None or not collect.wants.intensities else [picture.input(grid, 0)]
     objects = values(collect, grid, labels, *pictures)
-    trees = [_trees(objects, _MergeObjects(collect.nothing(grid.ndim)), npartitions, values)]
+    empty: list[Any] = [collect.nothing(grid.ndim)]
+    trees = [_trees(objects, _MergeObjects(empty[0]), npartitions, values)]
     masks = None
     if with_masks or extras:
         assert box is not None
@@ -178,8 +181,8 @@ def _table(
         halo = Halo((masks.before,) * grid.ndim, tuple(extent - 1 for extent in box))
         pictures = [] if picture is None else [picture.input(grid, halo)]
         measured = values(masks, grid, labels, *pictures, halo=halo)
-        nothing = masks.nothing(collect.nothing(grid.ndim))
-        trees.append(_trees(measured, _MergeMasks(nothing), npartitions, values))
+        empty.append(masks.nothing(empty[0]))
+        trees.append(_trees(measured, _MergeMasks(empty[1]), npartitions, values))
     finish = _Finish(
         chosen,
         extras,
@@ -191,8 +194,12 @@ def _table(
         masks,
     )
     tables = values(finish, CellGrid(trees[0].shape, 1), *trees)
-    nothing = None if masks is None else masks.nothing(collect.nothing(grid.ndim))
-    return frame_of(tables, finish.frame(collect.nothing(grid.ndim), nothing))
+    return frame_of(tables, finish.frame(*empty), _copied)
+
+
+def _copied(table: pd.DataFrame) -> pd.DataFrame:
+    # Whoever gets it may write into it, and the cache has the other.
+    return table.copy()
 
 
 def _trees(

@@ -205,7 +205,10 @@ class CellCall:
         # Held until the cell is there, however small the cache is.
         shared = [] if self.fed else loader.prepare()
         with loader.crew().working(), inside(self._flight or current_flight()):
-            cell = loader.load(index, self._readers(index, chunks))
+            if self.fed:
+                cell = loader.load(index, self._readers(index, chunks))
+            else:
+                cell = loader.load_after(index)
         del shared
         return cell
 

@@ -40,9 +40,9 @@ def num_bytes(value: Any) -> int:
             stack.extend(item.values())
         elif isinstance(item, (list, tuple, set, frozenset)):
             stack.extend(item)
-        elif isinstance(getattr(item, "nbytes", None), int):
+        elif isinstance(getattr(type(item), "nbytes", None), property):
             # It says it itself.
-            total += item.nbytes
+            total += int(item.nbytes)
         elif callable(getattr(type(item), "memory_usage", None)):
             # A data frame of pandas, which says it itself.
             total += int(np.sum(item.memory_usage(deep=True)))

@@ -121,3 +121,52 @@ def test_two_that_touch_at_a_seam_stay_two(halo: Any) -> None:
     assert same_objects(labels[...], truth)
     # Each ends where the block of the other cell begins, unless the halo shows it whole.
     assert labels.num_objects() == 2
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize("boundary", ["none", "reflect"])
+def test_an_axis_that_labels_lack_is_read_whole(axis: int, boundary: str) -> None:
+    truth = TRUTHS["balls"]
+    # No channel shows the objects, the product of all of them does.
+    channels = np.stack([np.full_like(truth, 2), truth, np.full_like(truth, 5)], axis)
+    offset = np.arange(3) * 1000
+    extra = offset.reshape([3 if a == axis % 3 else 1 for a in range(3)])
+
+    def segment(block: NDArray[Any], added: NDArray[Any]) -> NDArray[Any]:
+        assert added.shape == extra.shape
+        first, second, third = np.moveaxis(block, axis, 0)
+        assert (first == 2).all()
+        assert (third == 5).all()
+        np.testing.assert_array_equal(added, extra)
+        return second
+
+    labels = ci.map_labels(
+        segment, channels, extra, halo=2, cell_shape=(13, 9), drop_axis=axis, boundary=boundary
+    )
+    assert labels.shape == truth.shape
+    assert same_objects(labels[...], truth)
+
+
+def test_an_input_of_another_geometry_has_a_halo_of_its_own() -> None:
+    truth = TRUTHS["balls"]
+    rows = np.arange(truth.shape[0])
+
+    def segment(block: NDArray[Any], numbers: NDArray[Any]) -> NDArray[Any]:
+        assert numbers.size <= 8
+        return block
+
+    by_row = ci.Input(rows, halo=0, index_map=lambda roi: ci.Roi(roi.start[:1], roi.stop[:1]))
+    assert same_objects(
+        ci.map_labels(segment, truth, by_row, halo=[2, 3], cell_shape=8)[...], truth
+    )
+    with pytest.raises(ValueError, match="input 1 has a halo of its own"):
+        ci.map_labels(segment, truth, ci.Input(truth, halo=1), halo=2)
+    with pytest.raises(ValueError, match="give input 1 its own"):
+        ci.map_labels(
+            segment,
+            truth,
+            ci.Input(rows, index_map=lambda roi: ci.Roi(roi.start[:1], roi.stop[:1])),
+            halo=2,
+        )
+    with pytest.raises(ValueError, match="drop_axis 2"):
+        ci.map_labels(segment, truth, halo=2, drop_axis=2)

@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage import feature
 
 import cellimg_dask as ci
 from cellimg_dask.geometry import BOUNDARIES
+from cellimg_dask.ops.detect import blob_log
 from cellimg_dask.ops.frames import latest
 from cellimg_dask.ops.point_table import PointTable
 from cellimg_dask.ops.points import map_points
@@ -605,6 +607,14 @@ def test_a_grid_of_a_million_cells_is_built_and_looked_into_at_once() -> None:
     assert rows(computed(part)) == rows([[55, 55, 55]])
 
 
+def test_neighbours_do_not_compute_a_cell_again_where_nothing_is_kept() -> None:
+    counted = Counted()
+    image = np.arange(225).reshape(15, 15)
+    frame = map_points(counted, image, halo=1, merge=("seam", 1), cell_shape=5, cache=None)
+    computed(frame)
+    assert len(counted.calls) == 9
+
+
 def test_the_table_may_be_written_into() -> None:
     image = np.eye(4)
     frame = map_points(np.argwhere, image, cell_shape=4)
@@ -664,6 +674,20 @@ def test_latest_of_what_has_not_changed_is_the_same() -> None:
     assert latest(plain) is plain
 
 
+def test_images_that_are_defined_alike_change_apart() -> None:
+    image = np.zeros((6, 6))
+    below, twin = (ci.map_cells(np.negative, image, cell_shape=3) for _ in range(2))
+    first = map_points(np.argwhere, below)
+    second = map_points(np.argwhere, twin)
+    assert computed(first).empty
+    assert computed(second).empty
+    image[4, 4] = 1
+    twin.invalidate()
+    assert latest(first) is first
+    assert computed(latest(first)).empty
+    assert rows(computed(latest(second))) == rows([[4, 4]])
+
+
 # ---------------------------------------------------------------- elsewhere
 
 
@@ -707,7 +731,7 @@ def client() -> Iterator[Any]:
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
@@ -728,6 +752,11 @@ def test_a_cluster(work: Any, client: Any, tmp_path: Path) -> None:
     written = frame.to_parquet(tmp_path / "points", compute=False)
     client.compute(written).result()
     assert rows(pd.read_parquet(tmp_path / "points")) == rows(expected)
+    spots = ndimage.gaussian_filter(image, 1.5)
+    options = {"min_sigma": 1, "max_sigma": 2, "num_sigma": 2, "threshold": 0.05}
+    found = client.compute(blob_log(spots, cell_shape=20, **options)).result()
+    assert rows(found) == rows(feature.blob_log(spots, **options))
+    assert len(found) > 5
     # Elsewhere nobody knows of changes.
     sent = client.submit(_why_not, frame).result()
     assert "another process" in sent
