@@ -188,9 +188,7 @@ class _FromBlocks(Stage):
     @field_validator("function")
     @classmethod
     def _names_a_function(cls, value: str | None) -> str | None:
-        if value is not None and ":" not in value:
-            raise ValueError(f"{value!r} must be module:name or file.py:name")
-        return value
+        return _checked_name(value)
 
     @model_validator(mode="after")
     def _some_input(self) -> _FromBlocks:
@@ -265,11 +263,30 @@ class LabelsStage(_Voxels):
     """With threshold: how many axes neighbours may differ in; default: 1."""
     halo: Halo | None = None
     """With function: voxels that a block reads around its cell, at least 1 where cells meet."""
+    load_model: str | None = None
+    """With function: one that makes a model, which function is given before the arrays."""
+    normalize: tuple[float, float] | None = None
+    """With function: percentiles of the whole image that become 0 and 1."""
+    channel_axis: int | None = None
+    """With function: axis of the inputs that labels lack."""
+    multiple_of: Positive | list[Positive] | None = None
+    """With function: blocks are mirrored at their ends up to a multiple of this."""
     link: Literal["components"] | tuple[Literal["iou"], float] | None = None
     """With function: components or [iou, threshold], how blocks agree on objects; default: [iou,
     0.5]."""
     consecutive: bool = False
     """Whether ids are 1, 2, 3 …"""
+
+    @field_validator("load_model")
+    @classmethod
+    def _names_a_maker(cls, value: str | None) -> str | None:
+        return _checked_name(value)
+
+    @property
+    def for_a_network(self) -> dict[str, Any]:
+        """What only `segment` knows, as far as it was given."""
+        names = ("normalize", "channel_axis", "multiple_of")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @model_validator(mode="after")
     def _one_way(self) -> LabelsStage:
@@ -280,7 +297,11 @@ class LabelsStage(_Voxels):
         if self.function is not None and self.connectivity is not None:
             raise ValueError("connectivity goes with threshold; a function decides by itself")
         if self.threshold is not None:
-            _go_with_a_function(self, "halo", "link", "params", "version", "boundary")
+            _go_with_a_function(
+                self,
+                *("halo", "link", "params", "version", "boundary"),
+                *("load_model", "normalize", "channel_axis", "multiple_of"),
+            )
             if len(self.inputs) > 1:
                 raise ValueError("threshold is for one input")
         return self
@@ -450,6 +471,12 @@ def _go_with_a_function(stage: Stage, *names: str) -> None:
     given = [name for name in names if getattr(stage, name) != fields[name].default]
     if given:
         raise ValueError(f"{', '.join(given)} goes with function")
+
+
+def _checked_name(value: str | None) -> str | None:
+    if value is not None and ":" not in value:
+        raise ValueError(f"{value!r} must be module:name or file.py:name")
+    return value
 
 
 def _as_entry(item: Any) -> Any:

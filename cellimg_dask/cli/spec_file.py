@@ -227,8 +227,9 @@ def _resolved(spec: Spec, name: str, folder: Path) -> dict[str, Any]:
         for item in value if isinstance(value, list) else [value] * (value is not None):
             if item["path"] not in spec.stages:
                 item["path"] = _absolute(folder, item["path"])
-    if content.get("function") is not None:
-        content["function"] = _absolute_function(folder, content["function"])
+    for entry in ("function", "load_model"):
+        if content.get(entry) is not None:
+            content[entry] = _absolute_function(folder, content[entry])
     if "extra_properties" in content:
         content["extra_properties"] = [
             _absolute_function(folder, given)

@@ -103,15 +103,23 @@ class Stages:
         inputs = [self._input(item) for item in stage.inputs]
         if stage.threshold is None:
             assert stage.halo is not None
-            return ci.map_labels(
+            from cellimg_dask.ops.segment import segment
+
+            more: dict[str, Any] = self._common(stage) | stage.for_a_network
+            if stage.load_model is not None:
+                more["load_model"] = self._named(stage.load_model)
+            plain = stage.load_model is None and not stage.for_a_network
+            make: Any = ci.map_labels if plain else segment
+            labels: ci.CellImg = make(
                 self._function(stage),
                 *inputs,
                 halo=stage.halo,
                 link=stage.link or ("iou", 0.5),
                 consecutive=stage.consecutive,
                 cell_shape=stage.cell_shape,
-                **self._common(stage),
+                **more,
             )
+            return labels
         from scipy.ndimage import generate_binary_structure
 
         queue = self._queue(stage.queue)

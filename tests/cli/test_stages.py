@@ -205,6 +205,12 @@ def segment(a, at=0.5):
 def bright(a):
     return np.argwhere(a > 0.55)
 
+def load():
+    return 0.8
+
+def predict(at, a):
+    return ndimage.label(a > at)
+
 def longest(mask):
     return max(mask.shape)
 """
@@ -364,8 +370,8 @@ def test_settings_of_all_and_of_one(run, write):
         "2",
         "spots",
         "6",
-        "sizes",
-        "6",
+        # It reads the labels for sums, and for masks.
+        *("sizes", "6", "sizes", "6"),
     ]
     assert run("run", spec, "--no-progress").exit_code == 0
     text = yaml.safe_load(Path("parts.zarr.run/spec.yaml").read_text())
@@ -431,6 +437,24 @@ def test_a_spec_of_one_stage(run, write, image, kind):
         assert len(pd.read_parquet("out")) == (count if kind == "table" else (image > 0.55).sum())
     again = run("run", "out.run/spec.yaml", "--no-progress")
     assert again.stdout.startswith("0 cells computed"), again.output
+
+
+def test_a_network_with_its_model(run, write, image):
+    stages = changed(
+        "parts",
+        inputs="in.npy",
+        function="functions.py:predict",
+        load_model="functions.py:load",
+        normalize=[5, 95],
+        cell_shape=20,
+    )
+    done = run("run", write({"parts": stages["parts"]}), "--no-progress")
+    assert done.exit_code == 0, done.output
+    low, high = np.percentile(image, (5, 95))
+    labels, _ = ndimage.label((image - low) / (high - low) > 0.8)
+    assert same_objects(zarr.open_array("parts.zarr")[...], labels)
+    again = run("run", Path("parts.zarr.run/spec.yaml"), "--no-progress")
+    assert again.stdout.startswith("parts: 0 cells computed"), again.output
 
 
 MISTAKES = {
