@@ -66,7 +66,7 @@ def projected(stage: Stage, loader: CellLoader, target: str, cells_per_call: Any
 
 def _rooms(stage: Stage) -> list[Room]:
     """Return where blocks would run, as far as it is known without looking at a cluster."""
-    from cellimg_dask.batch.run import threads_for
+    from cellimg_dask.batch.filling import threads_for
     from cellimg_dask.loading.crew import usable_cores
     from cellimg_dask.loading.memory import Room
     from cellimg_dask.state.cache import memory_bytes
