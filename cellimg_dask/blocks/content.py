@@ -349,7 +349,13 @@ class _Contents:
             plain = value.view(np.ndarray) if base is np.ndarray else base(value)
             held = self.of(plain, name)
         parts = state if isinstance(state, tuple) else (state,)
-        attributes = {key: item for part in parts for key, item in (part or {}).items()}
+        attributes = {
+            key: item
+            for part in parts
+            for key, item in (part or {}).items()
+            # It follows from the others, and may be there or not.
+            if not isinstance(getattr(kind, key, None), functools.cached_property)
+        }
         return [
             "object",
             self.of(kind, name),

@@ -710,6 +710,23 @@ def test_attributes_that_are_no_fields_count():
     assert of(one) != of(two) != of(Options(1))
 
 
+def test_what_was_computed_from_attributes_does_not_count():
+    source = """
+        from functools import cached_property
+        class Options:
+            def __init__(self, sigma):
+                self.sigma = sigma
+            @cached_property
+            def radius(self):
+                return 4 * self.sigma
+    """
+    make = defined(source, "Options")
+    options, before = make(2), of(make(2))
+    assert options.radius == 8
+    assert of(options) == before
+    assert of(defined(source.replace("4", "3"), "Options")(2)) != before
+
+
 def test_dtypes_of_pandas():
     import pandas as pd
 
