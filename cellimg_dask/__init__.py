@@ -39,10 +39,16 @@ from cellimg_dask.loading.watch import Change
 from cellimg_dask.ops.blobs import merge_blobs, prune_blobs
 from cellimg_dask.ops.detect import blob_dog, blob_log
 from cellimg_dask.ops.frames import latest
+from cellimg_dask.ops.histograms import histogram, quantiles
 from cellimg_dask.ops.labels import LabelImg, label, map_labels, stitch
+from cellimg_dask.ops.normalize import normalize
 from cellimg_dask.ops.points import map_points
 from cellimg_dask.ops.pyramid import Pyramid, pyramid
+from cellimg_dask.ops.reduce import Reduced, reduce_cells
+from cellimg_dask.ops.segment import segment
 from cellimg_dask.ops.stacks import map_stack, merge_stack, split_stack, stack_shape
+from cellimg_dask.ops.statistics import Statistics, statistics
+from cellimg_dask.ops.tables import region_table
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 
@@ -68,6 +74,7 @@ __all__ = [
     "Pyramid",
     "QueueClosedError",
     "ReadError",
+    "Reduced",
     "Request",
     "ResultError",
     "Roi",
@@ -75,6 +82,7 @@ __all__ = [
     "SaveError",
     "Source",
     "SourceChangedError",
+    "Statistics",
     "TargetInUseError",
     "Worker",
     "WorkerDiedError",
@@ -83,6 +91,7 @@ __all__ = [
     "fill_cells",
     "get_cache",
     "get_worker",
+    "histogram",
     "label",
     "latest",
     "map_cells",
@@ -91,12 +100,18 @@ __all__ = [
     "map_stack",
     "merge_blobs",
     "merge_stack",
+    "normalize",
     "prune_blobs",
     "pyramid",
+    "quantiles",
+    "reduce_cells",
+    "region_table",
     "run",
+    "segment",
     "set_cache",
     "split_stack",
     "stack_shape",
+    "statistics",
     "stats",
     "stitch",
 ]
