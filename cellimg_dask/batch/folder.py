@@ -72,8 +72,7 @@ class LocalFolder:
         """Put a content; see `Folder`."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The name tells machine and writer apart: two hosts may share the disk.
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        temporary = _unfinished(path)
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -90,7 +89,7 @@ class LocalFolder:
         """Put a content unless there is one; see `Folder`."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        temporary = _unfinished(path)
         try:
             temporary.write_bytes(content)
             # A link is made whole or not at all, and never over another file.
@@ -119,6 +118,12 @@ class LocalFolder:
         for folder, _, files in os.walk(self.path):
             for file in filter(_UNFINISHED.fullmatch, files):
                 Path(folder, file).unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    # Hidden from whoever reads all files of the folder. The name tells machine and writer apart:
+    # two hosts may share the disk.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
 
 class UrlFolder:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from cellimg_dask.batch.folder import Folder, open_folder
-from cellimg_dask.batch.target import Target
 
-__all__ = ["Manifest", "State", "run_folder"]
+__all__ = ["Manifest", "State", "Stored", "pass_of", "run_folder"]
 
 State = Literal["done", "missing", "other", "damaged"]
 """Of a cell: committed and whole; without a marker; made by another computation; changed since."""
@@ -20,6 +19,23 @@ _SCHEMA = 1
 def run_folder(where: str) -> str:
     """Return where a target's markers, lock, report and spec lie: beside it."""
     return f"{where.rstrip('/')}.run"
+
+
+def pass_of(where: str, number: int) -> str:
+    """Return where a run stores an image that it needs first, counted from 1."""
+    return f"{run_folder(where)}/pass{number}.zarr"
+
+
+class Stored(Protocol):
+    """Where the data of cells are."""
+
+    def checksums(self, index: int) -> dict[str, Any]:
+        """Return size and checksum of each stored object of a cell; None where there is none."""
+        ...
+
+    def sizes(self, index: int) -> dict[str, int | None]:
+        """Return the size of each stored object of a cell; None where there is none."""
+        ...
 
 
 class Manifest:
@@ -55,14 +71,14 @@ class Manifest:
             if stem.isdigit():
                 yield int(stem)
 
-    def state(self, index: int, key: str | None, target: Target, *, checksums: bool) -> State:
+    def state(self, index: int, key: str | None, target: Stored, *, checksums: bool) -> State:
         """Return the state of a cell.
 
         Parameters
         ----------
         key : str or None
             What its key has to be; None: any.
-        target : Target
+        target : Stored
             Where its data are.
         checksums : bool
             Whether the stored bytes are compared, and not only their number.

@@ -16,9 +16,8 @@ from distributed import get_worker, wait
 from distributed.scheduler import KilledWorker
 
 from cellimg_dask.batch.shares import Shares
-from cellimg_dask.batch.work import Committer, Outcome, Work, with_keys
+from cellimg_dask.batch.work import Committer, Keys, Outcome, Work, with_keys
 from cellimg_dask.blocks.errors import NoWorkersError, WorkerDiedError
-from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.queues.cluster import ClusterCells
 from cellimg_dask.queues.tasks import dask_name, fit_cache
 
@@ -38,7 +37,7 @@ def compute_on_cluster(
     cells: ClusterCells,
     committer: Committer,
     groups: Sequence[Sequence[int]],
-    keys: ContentKeys,
+    keys: Keys,
     timeout_s: float,
     record: Callable[[Outcome], None],
 ) -> None:
@@ -69,7 +68,7 @@ class _Crowd:
         self,
         cells: ClusterCells,
         committer: Committer,
-        keys: ContentKeys,
+        keys: Keys,
         timeout_s: float,
         record: Callable[[Outcome], None],
     ) -> None:

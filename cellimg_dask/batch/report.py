@@ -32,6 +32,9 @@ class RunReport:
     """Stored bytes, compressed."""
     peak_memory: int = 0
     """Most bytes that this process had in memory."""
+    passes: list[RunReport] = field(default_factory=list)
+    """Of images that had to be there as a whole first. What failed there is in ``failed``, too;
+    then no cell of the target was computed."""
 
     @property
     def ok(self) -> bool:
@@ -53,6 +56,7 @@ class RunReport:
             "seconds": round(self.seconds, 3),
             "bytes_written": self.bytes_written,
             "peak_memory": self.peak_memory,
+            "passes": [done.as_dict() for done in self.passes],
         }
 
     def as_json(self) -> bytes:
@@ -66,6 +70,8 @@ class RunReport:
             f"{self.bytes_written / (1 << 20):.1f} MiB written to {self.target}"
         )
         lines = [first]
+        for done in self.passes:
+            lines.append(f"  for which {str(done).partition(chr(10))[0]}")
         for position, error in sorted(self.failed.items())[:10]:
             lines.append(f"  {position}: {type(error).__name__}: {error}")
         if len(self.failed) > 10:

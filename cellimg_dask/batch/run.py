@@ -1,51 +1,37 @@
-"""`run`: a whole image into a zarr array, to be trusted and carried on."""
+"""`run`: a whole image into a zarr array, or a table into parquet, to be trusted and carried on."""
 
 from __future__ import annotations
 
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from functools import partial
-from itertools import chain
-from time import perf_counter
+from collections.abc import Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from cellimg_dask.batch.folder import is_url, open_folder
-from cellimg_dask.batch.lock import RunLock
-from cellimg_dask.batch.manifest import Manifest
-from cellimg_dask.batch.order import neighbours_together
+from cellimg_dask.batch.filling import Filling, alone
+from cellimg_dask.batch.folder import is_url
+from cellimg_dask.batch.parquet import TableLayout
 from cellimg_dask.batch.report import RunReport
-from cellimg_dask.batch.target import Layout, Target
-from cellimg_dask.batch.watch import Watch
-from cellimg_dask.batch.work import Committer, Outcome, with_keys
-from cellimg_dask.blocks.errors import NoWorkersError
+from cellimg_dask.batch.target import Layout
+from cellimg_dask.batch.work import TableKeys
 from cellimg_dask.geometry import as_int
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.loading.content import ContentKeys
-from cellimg_dask.loading.crew import Crew, usable_cores
 from cellimg_dask.loading.loader import CellLoader
-from cellimg_dask.loading.memory import Room
-from cellimg_dask.loading.priorities import BACKGROUND, priority
 from cellimg_dask.loading.readers import ChunkedReader
-from cellimg_dask.loading.together import cells_together
 from cellimg_dask.queues.block_queue import BlockQueue
-from cellimg_dask.state.cache import CellCache, memory_bytes
 
-__all__ = ["run", "threads_for"]
+__all__ = ["image_and_table", "run"]
 
 
 def run(
-    img: CellImg,
+    img: Any,
     target: str | os.PathLike[str],
     *,
     queue: BlockQueue | None = None,
     resume: bool = True,
     overwrite: bool = False,
     retries: int = 2,
-    progress: bool = True,
+    progress: bool | str = True,
     chunks: Any = None,
     sharded: bool | None = None,
     compressor: str | None = "zstd",
@@ -61,13 +47,19 @@ def run(
     May be killed at any moment. The next run with the same target computes what is missing,
     damaged, or made by another computation, and nothing else.
 
+    Where all cells of an image have to be known before the first cell of ``img`` can be, as with
+    the labels that are stitched, that image is computed and stored first, in the same way, in
+    ``<target>.run/pass1.zarr``. It stays, so that after a change only what was touched is computed
+    again; once the target is done it may be deleted.
+
     Parameters
     ----------
-    img : CellImg
-        The image.
+    img : CellImg or dask data frame
+        The image, or the table that `map_points` or `region_table` returned.
     target : path or URL
-        A zarr v3 array, created if it is not there: a local folder or whatever fsspec and zarr
-        can write. Markers, lock and report lie beside it, in ``<target>.run``.
+        A zarr v3 array, for a table a folder of parquet files, one for each cell, that pandas and
+        dask read as one. It is created if it is not there: a local folder or whatever fsspec and
+        zarr can write. Markers, lock and report lie beside it, in ``<target>.run``.
     queue : BlockQueue, optional
         Where blocks run; default: the image's own queue, else threads.
     resume : bool
@@ -76,14 +68,14 @@ def run(
         Whether a target that exists is removed first.
     retries : int
         How often a cell that fails is tried again.
-    progress : bool
-        Whether a bar with rate and time left is shown on standard error.
+    progress : bool or str
+        Whether a bar with rate and time left is shown on standard error; a text stands before it.
     chunks : int or ints, optional
         Shape of the chunks, which divide the cells; default: one chunk per cell.
     sharded : bool, optional
         Whether the chunks of a cell are stored as one shard; default: where a cell has several.
     compressor : {"zstd", "blosc", "gzip", None}
-        How chunks are compressed.
+        How chunks are compressed; those of parquet cannot be by blosc.
     level : int, optional
         Level of the compressor; default: 1 for zstd, 5 for the others.
     fill_value : scalar
@@ -131,71 +123,70 @@ def run(
     >>> zarr.open_array(f"{folder}/out.zarr")[:]
     array([ 0, -1, -2, -3, -4, -5])
     """
-    if not isinstance(img, CellImg):
-        raise TypeError(f"img must be a CellImg, got {type(img).__name__}")
     if verify not in ("checksums", "sizes"):
         raise ValueError(f'verify must be "checksums" or "sizes", got {verify!r}')
-    retries = as_int(retries, "retries", minimum=0)
-    began = perf_counter()
-    where = _where(target)
-    loader = _alone(img.loader.pinned(), queue)
-    layout = Layout.of(
-        loader.grid,
-        loader.dtype,
-        chunks=chunks,
-        sharded=sharded,
-        compressor=compressor,
-        level=level,
-        fill_value=fill_value,
-    )
-    _forget_files(loader)
-    keys = ContentKeys(loader)
-    if loader.grid.num_cells:
-        # Refuses inputs that cannot be compared, before anything is made.
-        with_keys(loader, keys, [0])
-    crew = _crew(loader.queue)
+    if not isinstance(progress, (bool, str)):
+        raise TypeError(f"progress must be a bool, or a text for the bar, got {progress!r}")
     if max_memory is not None:
         max_memory = as_int(max_memory, "max_memory", minimum=1)
-    rooms = _rooms(loader.queue, crew, max_memory)
-    together = cells_together(loader, cells_per_call, rooms)
-    for room in set(rooms):
-        room.check(loader if together is None else together.coarse)
-    manifest = Manifest(where)
-    with closing(crew), RunLock(manifest.folder, where) as lock:
-        _create(layout, where, manifest, resume=resume, overwrite=overwrite)
-        for folder in (manifest.folder, open_folder(where)):
-            folder.sweep()
-        stored = Target(where, loader.grid)
-        committer = Committer(loader, together, stored, manifest, lock.permit, retries)
-        report = RunReport(where, loader.grid.num_cells)
-        todo = _missing(committer, keys, report, crew, checksums=verify == "checksums")
-        try:
-            with _bar(report.num_cells, report.skipped, progress) as advance:
+    image, table = image_and_table(img)
+    loader = alone(image.loader.pinned(), queue)
+    layout: Layout | TableLayout
+    if table is None:
+        layout = Layout.of(
+            loader.grid,
+            loader.dtype,
+            chunks=chunks,
+            sharded=sharded,
+            compressor=compressor,
+            level=level,
+            fill_value=fill_value,
+        )
+    else:
+        for name, value in (("chunks", chunks), ("sharded", sharded)):
+            if value is not None:
+                raise ValueError(f"{name} is for images; a table has one part per cell")
+        layout = TableLayout.of(loader.grid, table.make, table.meta, compressor, level)
+    _forget_files(loader)
+    filling = Filling(
+        queue,
+        as_int(retries, "retries", minimum=0),
+        verify == "checksums",
+        max_memory,
+        timeout_s,
+        progress is not False,
+    )
+    keys = ContentKeys(loader)
+    return filling.fill(
+        loader,
+        TableKeys(keys, layout.content()) if isinstance(layout, TableLayout) else keys,
+        layout,
+        _where(target),
+        resume=resume,
+        overwrite=overwrite,
+        cells_per_call=cells_per_call,
+        name=progress if isinstance(progress, str) else None,
+    )
 
-                def record(outcome: Outcome) -> None:
-                    if outcome.error is None:
-                        report.computed += 1
-                        report.bytes_written += outcome.nbytes
-                    else:
-                        # The error's own position may be that of a cell upstream.
-                        position = loader.grid.position(outcome.index)
-                        report.failed[position] = outcome.error
-                    advance()
 
-                order = neighbours_together(loader.grid, todo)
-                groups = [[i] for i in order] if together is None else together.groups(order)
-                if loader.queue is not None and loader.queue.cells is not None:
-                    from cellimg_dask.batch.on_cluster import compute_on_cluster
-
-                    cells: Any = loader.queue.cells
-                    compute_on_cluster(cells, committer, groups, keys, timeout_s, record)
-                else:
-                    _compute(committer, groups, keys, crew, Watch(loader.grid, timeout_s), record)
-        finally:
-            report.seconds = perf_counter() - began
-            report.peak_memory = _peak_memory()
-            manifest.folder.write("report.json", report.as_json())
-    return report
+def image_and_table(img: Any) -> tuple[CellImg, Any]:
+    """Return the image to be computed, and of a table what is made of its cells, else None."""
+    if isinstance(img, CellImg):
+        return img, None
+    # A data frame that is read from the cells of an image, and nothing else, knows them.
+    cells: Any = getattr(getattr(img, "expr", None), "cells", None)
+    image = getattr(cells, "image", None)
+    if isinstance(image, CellImg):
+        return image, cells
+    if type(img).__module__.startswith("dask.dataframe"):
+        raise TypeError(
+            "img is a data frame that dask has computed from others: run the one that map_points "
+            "or region_table returned, and go on from there, or use its to_parquet"
+        )
+    raise TypeError(
+        f"img must be a CellImg, or a data frame of map_points or region_table, got "
+        f"{type(img).__name__}"
+    )
 
 
 def _where(target: str | os.PathLike[str]) -> str:
@@ -210,20 +201,6 @@ def _where(target: str | os.PathLike[str]) -> str:
     return where if is_url(where) else os.path.abspath(where)  # noqa: PTH100 - stays a string
 
 
-def _alone(loader: CellLoader, queue: BlockQueue | None) -> CellLoader:
-    """Return the loader with a queue, and without keeping cells that are written anyway."""
-    return CellLoader(
-        loader.function,
-        loader.planner,
-        loader.readers,
-        loader.dtype,
-        loader.params,
-        CellCache(0),
-        loader.queue if queue is None else queue,
-        loader.job.version,
-    )
-
-
 def _forget_files(loader: CellLoader) -> None:
     """Forget what was read of stores: they may have changed since, and keys tell what they hold."""
     outdated: set[CellLoader] = set()
@@ -234,166 +211,3 @@ def _forget_files(loader: CellLoader) -> None:
         if stores or not outdated.isdisjoint(image.upstream()):
             outdated.add(image)
             image.shelf.invalidate(None)
-
-
-def _crew(queue: Any) -> Crew:
-    # A cluster may have no workers just now.
-    workers = usable_cores() if queue is None else max(1, queue.num_workers)
-    return Crew(threads_for(workers), spare_tiny=False)
-
-
-def threads_for(num_workers: int) -> int:
-    """Return how many threads work on cells: while some wait for the disk, others compute."""
-    return 2 * num_workers
-
-
-def _rooms(queue: Any, crew: Crew, max_memory: int | None) -> list[Room]:
-    """Return the processes in which blocks run."""
-    if queue is None or queue.cells is None:
-        return [Room(crew.num_threads, memory_bytes() if max_memory is None else max_memory)]
-    cells: Any = queue.cells
-    rooms = []
-    for worker in cells.workers().values():
-        own = worker.get("memory_limit") or memory_bytes()
-        limit = own if max_memory is None else min(own, max_memory)
-        # There the cache is bounded by a quarter, see `fit_cache`.
-        rooms.append(Room(worker["nthreads"], limit, own // 4, "a worker of the cluster"))
-    return rooms
-
-
-def _create(
-    layout: Layout, where: str, manifest: Manifest, *, resume: bool, overwrite: bool
-) -> None:
-    array = _existing(where, manifest)
-    if array is not None and not overwrite:
-        if not resume:
-            raise FileExistsError(
-                f"{where} exists; resume=True carries it on, overwrite=True replaces it"
-            )
-        if manifest.folder.read("layout.json") is None:
-            raise FileExistsError(f"{where} was not made by a run: overwrite=True replaces it")
-        differences = layout.differences(array)
-        if differences:
-            raise FileExistsError(
-                f"{where} is another array ({'; '.join(differences)}): give another target, or "
-                f"overwrite=True to replace it"
-            )
-        return
-    # Old markers go before the new array comes, so that they never vouch for it.
-    for index in list(manifest.marked()):
-        manifest.withdraw(index)
-    # Before the array, so that whoever is killed in between is known for a run.
-    manifest.folder.write("layout.json", layout.as_json())
-    layout.create(where, overwrite=overwrite)
-
-
-def _existing(where: str, manifest: Manifest) -> Any:
-    """Return the array at a path or URL, None where there is nothing but what a run left."""
-    import zarr
-
-    try:
-        return zarr.open_array(where, mode="r")
-    except (FileNotFoundError, NotADirectoryError, zarr.errors.BaseZarrError):
-        is_file = not is_url(where) and os.path.isfile(where)  # noqa: PTH113 - is a string
-        something = is_file or next(open_folder(where).names(""), None) is not None
-        if something and (is_file or manifest.folder.read("layout.json") is None):
-            # Not even to be overwritten: it may be anything.
-            raise FileExistsError(
-                f"{where} exists and is no zarr array; give another target, or a path in it"
-            ) from None
-        return None
-
-
-def _missing(
-    committer: Committer,
-    keys: ContentKeys,
-    report: RunReport,
-    crew: Crew,
-    *,
-    checksums: bool,
-) -> list[int]:
-    """Return the cells that have to be computed."""
-    loader, stored, manifest = committer.loader, committer.stored, committer.manifest
-    marked = set(manifest.marked())
-    todo = [index for index in range(report.num_cells) if index not in marked]
-    lock = threading.Lock()
-
-    def check(index: int) -> None:
-        work, _ = with_keys(loader, keys, [index])
-        if not work:
-            with lock:
-                todo.append(index)
-            return
-        state = manifest.state(*work[0], stored, checksums=checksums)
-        with lock:
-            if state == "done":
-                report.skipped += 1
-                return
-            if state == "damaged":
-                # Workers that look whether somebody was quicker believe it.
-                manifest.withdraw(index)
-            if state != "missing":
-                report.redone[state] = report.redone.get(state, 0) + 1
-            todo.append(index)
-
-    known = sorted(index for index in marked if index < report.num_cells)
-    crew.run(known, check, len(known))
-    return sorted(todo)
-
-
-def _compute(
-    committer: Committer,
-    groups: Sequence[Sequence[int]],
-    keys: ContentKeys,
-    crew: Crew,
-    watch: Watch,
-    record: Callable[[Outcome], None],
-) -> None:
-    loader = committer.loader
-
-    def work(group: Sequence[int]) -> None:
-        with watch.under_way(group):
-            cells, failed = with_keys(loader, keys, group)
-            for outcome in chain(failed, committer.commit(cells)):
-                watch.done(partial(record, outcome))
-
-    def compute() -> None:
-        priority.set(BACKGROUND)
-        crew.run(groups, work, len(groups))
-
-    try:
-        watch.wait_for(compute)
-    except (KeyboardInterrupt, NoWorkersError) as error:
-        # Threads that are stuck in a block cannot be waited for.
-        crew.close(join=False)
-        if isinstance(error, NoWorkersError):
-            _close_queues(loader)
-        raise
-
-
-def _close_queues(loader: CellLoader) -> None:
-    """Close the queues on this machine, one of which is stuck, without waiting for blocks."""
-    for queue in {image.queue for image in loader.ancestry()}:
-        if isinstance(queue, BlockQueue) and queue.blocks is not None:
-            with suppress(TimeoutError):
-                queue.close(0)
-
-
-@contextmanager
-def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[], object]]:
-    if not show:
-        yield lambda: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, initial=done, unit="cell", file=sys.stderr) as bar:
-        yield bar.update
-
-
-def _peak_memory() -> int:
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellimg_dask.batch.folder import Folder, is_url, open_folder
+from cellimg_dask.batch.parquet import TableTarget
 from cellimg_dask.geometry import CellGrid, as_ints, tiles
 from cellimg_dask.image.input import checked_fill
 
-__all__ = ["Layout", "Target", "stored_grid"]
+__all__ = ["Layout", "Target", "open_target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,37 @@ class Layout:
             zarr_format=3,
         )
 
+    @property
+    def noun(self) -> str:
+        """What messages call a target."""
+        return "array"
+
+    def target(self, where: str) -> Target:
+        """Return the array that was created."""
+        return Target(where, self.grid)
+
+    def existing(self, where: str, *, by_a_run: bool) -> Any:
+        """Return the array at a path or URL, None where there is nothing but what a run left.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something else.
+        """
+        import zarr
+
+        try:
+            return zarr.open_array(where, mode="r")
+        except (FileNotFoundError, NotADirectoryError, zarr.errors.BaseZarrError):
+            is_file = not is_url(where) and Path(where).is_file()
+            something = is_file or next(open_folder(where).names(""), None) is not None
+            if something and (is_file or not by_a_run):
+                # Not even to be overwritten: it may be anything.
+                raise FileExistsError(
+                    f"{where} exists and is no zarr array; give another target, or a path in it"
+                ) from None
+            return None
+
     def as_json(self) -> bytes:
         """Return the layout as JSON text, for whoever asks for the state of a target."""
         content = {
@@ -179,15 +211,6 @@ def _cell_extent(grid: CellGrid) -> tuple[int, ...]:
     """Return the shape of the first cell, at least 1 along each axis."""
     pairs = zip(grid.cell_shape, grid.shape, strict=True)
     return tuple(min(cell, extent) if extent else cell for cell, extent in pairs)
-
-
-def stored_grid(folder: Folder) -> CellGrid | None:
-    """Return the cells of a target, as its run noted them; None where there was no run."""
-    content = folder.read("layout.json")
-    if content is None:
-        return None
-    found = json.loads(content)
-    return CellGrid(found["shape"], found["cell_shape"])
 
 
 class Target:
@@ -317,3 +340,21 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_target(beside: Folder, where: str) -> Target | TableTarget | None:
+    """Return what a run has begun to write, None where there was no run.
+
+    Parameters
+    ----------
+    beside : Folder
+        Where the run has noted what it writes.
+    where : str
+        Path or URL of the target.
+    """
+    content = beside.read("layout.json")
+    if content is None:
+        return None
+    found = json.loads(content)
+    grid = CellGrid(found["shape"], found["cell_shape"])
+    return TableTarget(where, grid) if found.get("kind") == "parquet" else Target(where, grid)

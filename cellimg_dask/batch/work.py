@@ -5,27 +5,58 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellimg_dask.batch.lock import Permit
 from cellimg_dask.batch.manifest import Manifest
+from cellimg_dask.batch.parquet import TableTarget
 from cellimg_dask.batch.target import Target
-from cellimg_dask.blocks.content import NoContentError
+from cellimg_dask.blocks.content import NoContentError, digest
 from cellimg_dask.blocks.errors import CellError, ReadError, describe
 from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.together import Together
 
-__all__ = ["Committer", "Computed", "Outcome", "Work", "with_keys"]
+__all__ = ["Committer", "Computed", "Keys", "Outcome", "TableKeys", "Work", "with_keys"]
 
 Work = Sequence[tuple[int, str]]
 """Cells with their content keys, to be computed in one call where that is possible."""
 
 Computed = tuple[int, str, NDArray[Any]]
 """A cell with its content key and its voxels."""
+
+
+class Keys(Protocol):
+    """Makes the keys of cells."""
+
+    def key(self, index: int) -> str:
+        """Return the key of a cell."""
+        ...
+
+    def of(self, loader: CellLoader) -> Keys:
+        """Return the keys of an image upstream."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TableKeys:
+    """Keys of tables that are made of the cells of an image."""
+
+    values: ContentKeys
+    """Those of the cells."""
+    content: str
+    """What else the tables depend on."""
+
+    def key(self, index: int) -> str:
+        """Return the key of a table."""
+        return digest([self.values.key(index), self.content])
+
+    def of(self, loader: CellLoader) -> Keys:
+        """Return the keys of an image upstream."""
+        return self.values.of(loader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +79,7 @@ class Committer:
     """Of the image."""
     together: Together | None
     """Computes several cells in one call."""
-    stored: Target
+    stored: Target | TableTarget
     """Where cells are stored."""
     manifest: Manifest
     """Where they are marked."""
@@ -168,9 +199,7 @@ def _all_of(steps: Sequence[Callable[[], Outcome]]) -> list[Outcome]:
     return outcomes
 
 
-def with_keys(
-    loader: CellLoader, keys: ContentKeys, indices: Sequence[int]
-) -> tuple[Work, list[Outcome]]:
+def with_keys(loader: CellLoader, keys: Keys, indices: Sequence[int]) -> tuple[Work, list[Outcome]]:
     """Return cells with their keys, and what became of those of which none can be made.
 
     Raises

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
+from functools import lru_cache
 from types import CodeType
 
-__all__ = ["codes", "globals_read", "globals_stored", "names"]
+__all__ = ["codes", "globals_read", "globals_stored", "instructions", "names"]
+
+
+@lru_cache(maxsize=4096)
+def instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
+    """Return the instructions of a function's code, without those that are defined in it."""
+    # Functions are described for each image that they belong to.
+    return tuple(dis.get_instructions(code))
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
@@ -34,8 +42,5 @@ def globals_stored(code: CodeType) -> set[str]:
 
 def _arguments(code: CodeType, *steps: str) -> set[str]:
     return {
-        step.argval
-        for part in codes(code)
-        for step in dis.get_instructions(part)
-        if step.opname in steps
+        step.argval for part in codes(code) for step in instructions(part) if step.opname in steps
     }

@@ -177,10 +177,22 @@ class _Contents:
             if isinstance(value, type):
                 return self._class(value, name)
             return self._function(value, name)
+        if kind.__module__.partition(".")[0] == "pandas" and hasattr(kind, "construct_array_type"):
+            return self._pandas_dtype(value, name)
         inner = _wrapped(value)
         if inner is not value:
             return ["wrapped", kind.__qualname__, self.of(inner, name)]
         return self._instance(value, name)
+
+    def _pandas_dtype(self, dtype: Any, name: str) -> Any:
+        categories = getattr(dtype, "categories", None)
+        values = None if categories is None else [str(categories.dtype), categories.tolist()]
+        # It tells all but the categories.
+        return [
+            "pandas dtype",
+            repr(dtype) if values is None else "category",
+            *(self.of(part, name) for part in (values, getattr(dtype, "ordered", None))),
+        ]
 
     def _apart(self, values: Iterable[Any], name: str) -> list[Any]:
         """Describe values whose order means nothing: each as if it were the first."""
@@ -252,7 +264,7 @@ class _Contents:
         # Constants are told where they are loaded: a docstring is not, and shifts the others.
         steps = [
             [s.opname, self.of(s.argval, name) if s.opcode in dis.hasconst else s.arg]
-            for s in dis.get_instructions(code)
+            for s in compiled.instructions(code)
         ]
         return [
             "code",
@@ -337,7 +349,13 @@ class _Contents:
             plain = value.view(np.ndarray) if base is np.ndarray else base(value)
             held = self.of(plain, name)
         parts = state if isinstance(state, tuple) else (state,)
-        attributes = {key: item for part in parts for key, item in (part or {}).items()}
+        attributes = {
+            key: item
+            for part in parts
+            for key, item in (part or {}).items()
+            # It follows from the others, and may be there or not.
+            if not isinstance(getattr(kind, key, None), functools.cached_property)
+        }
         return [
             "object",
             self.of(kind, name),
@@ -362,6 +380,7 @@ _NOT_CONTENT = frozenset(
         "__orig_bases__",
         "__parameters__",
         "__qualname__",
+        "__slotnames__",
         "__static_attributes__",
         "__weakref__",
         "_abc_impl",
@@ -421,7 +440,7 @@ def _wrapped(member: Any) -> Any:
 def _imported(code: CodeType, package: str | None) -> Iterator[str]:
     """Return the full names of the modules that code imports, and of what might be one."""
     for part in compiled.codes(code):
-        steps = list(dis.get_instructions(part))
+        steps = compiled.instructions(part)
         for number, step in enumerate(steps):
             if step.opname == "IMPORT_NAME":
                 level, members = (before.argval for before in steps[number - 2 : number])

@@ -82,7 +82,7 @@ class ContentKeys:
 
     def __init__(self, loader: Image) -> None:
         self._image = _ImageKeys(loader)
-        known = {loader: self._image}
+        known = self._known = {loader: self._image}
         todo = [self._image]
         # Each image once, and without recursion: a chain may be deeper than Python's stack.
         while todo:
@@ -92,6 +92,15 @@ class ContentKeys:
                     known[reader.loader] = _ImageKeys(reader.loader)
                     todo.append(known[reader.loader])
                 image.upstream[number] = reader.grid, known[reader.loader]
+
+    def of(self, loader: Image) -> ContentKeys:
+        """Return the keys of an image upstream, which are not made a second time."""
+        if loader not in self._known:
+            # Some version stands for it.
+            return ContentKeys(loader)
+        keys = object.__new__(ContentKeys)
+        keys._image, keys._known = self._known[loader], self._known
+        return keys
 
     def key(self, index: int) -> str:
         """Return the key of a cell: 32 hexadecimal digits."""

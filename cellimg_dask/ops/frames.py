@@ -38,10 +38,6 @@ def frame_of(
     """
     from cellimg_dask.ops.from_cells import Cells, FromCells, new_collection
 
-    if image.grid.num_cells == 0:
-        import dask.dataframe as dd
-
-        return dd.from_pandas(meta, npartitions=1)
     unknown = [
         name
         for name, dtype in meta.dtypes.items()

@@ -15,7 +15,7 @@ from dask.base import normalize_token
 from dask.dataframe.dask_expr._collection import new_collection
 from dask.dataframe.dask_expr._expr import PartitionsFiltered
 from dask.dataframe.dask_expr.io.io import IO
-from dask.task_spec import Task
+from dask.task_spec import DataNode, Task
 
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.queues.tasks import dask_name, graph_of
@@ -76,6 +76,9 @@ class Cells:
 
     def tasks(self, name: str, cells: Any) -> dict[Any, Any]:
         """Return what computes the tables of some cells, under the keys ``(name, 0)`` and on."""
+        if not self.num_cells:
+            # There is one partition at least.
+            return {(name, 0): DataNode((name, 0), self.meta)}
         keys = [(self._name, *self._position(cell)) for cell in cells]
         graph: dict[Any, Any] = convert_legacy_graph(dict(self._graph.cull(set(keys))))
         for number, key in enumerate(keys):
@@ -114,7 +117,7 @@ class FromCells(PartitionsFiltered, IO):  # type: ignore[misc]  # dask is not ty
 
     def _divisions(self) -> tuple[None, ...]:
         cells: Cells = self.operand("cells")
-        return (None,) * (cells.num_cells + 1)
+        return (None,) * (max(cells.num_cells, 1) + 1)
 
     def _layer(self) -> dict[Any, Any]:
         tasks: dict[Any, Any] = self.operand("cells").tasks(self._name, self._partitions)

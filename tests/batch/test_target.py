@@ -12,7 +12,7 @@ import zarr
 
 from cellimg_dask.batch import target as targets
 from cellimg_dask.batch.folder import open_folder
-from cellimg_dask.batch.target import Layout, Target, stored_grid
+from cellimg_dask.batch.target import Layout, Target, open_target
 from cellimg_dask.geometry import CellGrid
 
 GRID = CellGrid((10, 13), (4, 5))
@@ -170,10 +170,13 @@ def test_an_array_that_differs_is_described(tmp_path):
 
 
 def test_the_grid_is_noted_for_whoever_asks(tmp_path):
-    folder = open_folder(str(tmp_path))
-    assert stored_grid(folder) is None
+    folder, where = open_folder(str(tmp_path / "beside")), str(tmp_path / "array")
+    assert open_target(folder, where) is None
     folder.write("layout.json", layout().as_json())
-    assert stored_grid(folder) == GRID
+    layout().create(where, overwrite=False)
+    found = open_target(folder, where)
+    assert isinstance(found, Target)
+    assert found.grid == GRID
 
 
 # ---------------------------------------------------------------- stored cells

@@ -710,6 +710,52 @@ def test_attributes_that_are_no_fields_count():
     assert of(one) != of(two) != of(Options(1))
 
 
+def test_what_was_computed_from_attributes_does_not_count():
+    source = """
+        from functools import cached_property
+        class Options:
+            def __init__(self, sigma):
+                self.sigma = sigma
+            @cached_property
+            def radius(self):
+                return 4 * self.sigma
+    """
+    make = defined(source, "Options")
+    options, before = make(2), of(make(2))
+    assert options.radius == 8
+    assert of(options) == before
+    assert of(defined(source.replace("4", "3"), "Options")(2)) != before
+
+
+def test_dtypes_of_pandas():
+    import pandas as pd
+
+    dtypes = [
+        "Int64",
+        "string",
+        "str",
+        "datetime64[ns, UTC]",
+        pd.CategoricalDtype(["a", "b"]),
+        pd.CategoricalDtype(["b", "a"]),
+        pd.CategoricalDtype([1, 2]),
+        pd.CategoricalDtype(["a", "b"], ordered=True),
+        pd.CategoricalDtype(),
+    ]
+    contents = [of(pd.api.types.pandas_dtype(dtype)) for dtype in dtypes]
+    assert len(set(contents)) == len(dtypes)
+    assert contents[1] == of(pd.StringDtype())
+    assert contents[4] == of(pd.CategoricalDtype(["a", "b"]))
+
+
+@pytest.mark.parametrize("head", ["", "    __slots__ = ('sigma',)\n"])
+def test_what_was_pickled_is_still_the_same(head):
+    options = defined(f"class Options:\n{head}    pass", "Options")()
+    options.sigma = 2
+    before = of(options)
+    options.__reduce_ex__(4)
+    assert of(options) == before
+
+
 def test_layout_in_memory_does_not_count(tmp_path):
     array = np.arange(24).reshape(2, 3, 4)
     assert of(array) == of(np.asfortranarray(array)) == of(np.arange(48)[::2].reshape(2, 3, 4) // 2)
