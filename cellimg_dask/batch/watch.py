@@ -14,6 +14,7 @@ from cellimg_dask.state.flights import current_flight, inside
 
 __all__ = ["Watch"]
 
+_SHORT_S = 0.25
 # How long Ctrl-C waits for the cells that are under way.
 _LAST_CELLS_S = 5.0
 _NAMED = 5
@@ -87,10 +88,12 @@ class Watch:
 
         # A daemon: what never ends does not keep Python from ending.
         context = copy_context()
-        threading.Thread(target=context.run, args=(work,), name="cellimg-run", daemon=True).start()
+        worker = threading.Thread(target=context.run, args=(work,), name="cellimg-run", daemon=True)
         try:
             self._progress_at = monotonic()
-            while not ended.wait(max(0.0, self._progress_at + self._timeout_s - monotonic())):
+            worker.start()
+            # In short waits: a signal that comes just before one is not heard until it is over.
+            while not ended.wait(min(_SHORT_S, self._timeout_s)):
                 if monotonic() >= self._progress_at + self._timeout_s:
                     raise self._stuck()
         except KeyboardInterrupt:
