@@ -121,8 +121,9 @@ class _Crowd:
                         self._record(self._guilty(lost[0], error))
                     else:
                         todo.put_back([index] for index in lost)
-                else:
+                elif future.status == "cancelled":
                     self._scheduler_lost(None)
+                # Else it was lost with its worker since it ended, and is done again.
         return suspects
 
     def _hand_out(self, todo: Shares[Sequence[int]]) -> None:
