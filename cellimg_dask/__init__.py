@@ -40,7 +40,8 @@ from cellimg_dask.ops.blobs import merge_blobs, prune_blobs
 from cellimg_dask.ops.detect import blob_dog, blob_log
 from cellimg_dask.ops.frames import latest
 from cellimg_dask.ops.histograms import histogram, quantiles
-from cellimg_dask.ops.labels import LabelImg, label, map_labels, stitch
+from cellimg_dask.ops.label_image import LabelImg
+from cellimg_dask.ops.labels import label, map_labels, stitch
 from cellimg_dask.ops.normalize import normalize
 from cellimg_dask.ops.points import map_points
 from cellimg_dask.ops.pyramid import Pyramid, pyramid

@@ -15,7 +15,8 @@ from cellimg_dask.geometry import HaloLike, as_ints
 from cellimg_dask.image.define import as_axes
 from cellimg_dask.image.input import as_input
 from cellimg_dask.ops.holders import Holder, hold
-from cellimg_dask.ops.labels import LabelImg, Link, map_labels
+from cellimg_dask.ops.label_image import LabelImg
+from cellimg_dask.ops.labels import Link, map_labels
 from cellimg_dask.ops.normalize import limits_of, scaled
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 import cellimg_dask as ci
-from cellimg_dask.ops.labels import BlockLabels
+from cellimg_dask.ops.label_image import BlockLabels
 from cellimg_dask.ops.linking import shared_labels
 
 
