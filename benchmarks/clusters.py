@@ -63,7 +63,7 @@ def processes_as_cluster() -> Iterator[Any]:
     processes = SubprocessCluster(
         n_workers=CORES,
         threads_per_worker=1,
-        dashboard_address=None,
+        dashboard_address=":0",
         worker_class="distributed.Worker",
     )
     with processes as cluster, Client(cluster) as client:

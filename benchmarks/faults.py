@@ -170,7 +170,7 @@ def _cluster() -> Iterator[Any]:
             n_workers=WORKERS,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address=":0",
             silence_logs=60,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,

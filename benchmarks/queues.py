@@ -78,7 +78,7 @@ def _local_cluster() -> Iterator[Any]:
 
     with (
         LocalCluster(
-            n_workers=CORES, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=CORES, threads_per_worker=1, processes=True, dashboard_address=":0"
         ) as cluster,
         Client(cluster) as client,
     ):
