@@ -228,9 +228,9 @@ class Planner:
                 tuple([piece.windows[0][2] for piece in pieces]),
             )
         else:
-            windows = self._collect(pieces, start, stop)
-            if self._mapped and len(self._mapped) == len(self.inputs):
-                full_shape, crop = self._crop_mapped(start, stop, shape, windows[0])
+            windows, mapped = self._collect(pieces, start, stop)
+            if mapped and len(mapped) == len(self.inputs):
+                full_shape, crop = self._crop_mapped(mapped[0], shape, windows[0])
         return CellPlan(
             index, tuple(position), start, stop, shape, windows, full_shape, crop, pieces
         )
@@ -241,21 +241,24 @@ class Planner:
 
     def _collect(
         self, pieces: list[AxisPiece], start: tuple[int, ...], stop: tuple[int, ...]
-    ) -> tuple[tuple[AxisWindow, ...], ...]:
+    ) -> tuple[tuple[tuple[AxisWindow, ...], ...], list[Roi]]:
+        """Return the windows of all inputs, and where the index maps lead."""
         found: list[list[AxisWindow | None]] = [[None] * len(item.shape) for item in self.inputs]
         for piece in pieces:
             for number, axis, window in piece.windows:
                 found[number][axis] = window
         for number, axis, window in self._fixed:
             found[number][axis] = window
+        mapped = []
         for number in self._mapped:
             item = self.inputs[number]
-            grown = self._mapped_roi(number, start, stop).grow(item.halo)
+            mapped.append(self._mapped_roi(number, start, stop))
+            grown = mapped[-1].grow(item.halo)
             found[number] = [
                 axis_window(low, high, extent, item.boundary)
                 for low, high, extent in zip(grown.start, grown.stop, item.shape, strict=True)
             ]
-        return tuple(tuple(windows) for windows in found)  # type: ignore[arg-type]
+        return tuple(tuple(windows) for windows in found), mapped  # type: ignore[arg-type]
 
     def _mapped_roi(self, number: int, start: tuple[int, ...], stop: tuple[int, ...]) -> Roi:
         item = self.inputs[number]
@@ -270,13 +273,12 @@ class Planner:
 
     def _crop_mapped(
         self,
-        start: tuple[int, ...],
-        stop: tuple[int, ...],
+        roi: Roi,
         shape: tuple[int, ...],
         windows: tuple[AxisWindow, ...],
     ) -> tuple[tuple[int, ...], tuple[slice, ...]]:
         """Return shape and crop of a result as large as the first input, if that fits the cell."""
-        item, roi = self.inputs[0], self._mapped_roi(0, start, stop)
+        item = self.inputs[0]
         if roi.shape != shape:
             return shape, tuple(slice(0, extent) for extent in shape)
         skips = [

@@ -57,8 +57,11 @@ class Roi:
                     f"Roi stop[{axis}] = {high} lies before start[{axis}] = {low}; "
                     f"it must be at least {low}"
                 )
-        object.__setattr__(self, "start", start)
-        object.__setattr__(self, "stop", stop)
+        # Mostly they are what they should be: boxes are made by the thousand.
+        if start is not self.start:
+            object.__setattr__(self, "start", start)
+        if stop is not self.stop:
+            object.__setattr__(self, "stop", stop)
 
     @classmethod
     def of_shape(cls, shape: Sequence[int]) -> Roi:

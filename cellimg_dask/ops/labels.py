@@ -19,7 +19,7 @@ from cellimg_dask.image.define import as_axes, common_shape, grid_of, make_image
 from cellimg_dask.image.input import Input, as_input, inherited_halo
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.label_image import BlockLabels, LabelImg
-from cellimg_dask.ops.linking import Linking
+from cellimg_dask.ops.linking import Linking, needed_steps
 from cellimg_dask.ops.overlap import BlockOfCell, CellOfBlock, SideBySide, WithAxes
 from cellimg_dask.ops.stitching import (
     CutBands,
@@ -191,7 +191,9 @@ def label(
     items, layout, _ = _laid_out((item,), cell_shape, Halo((0,) * ndim, (1,) * ndim))
     f = FindComponents(element, layout)
     blocks = _block_labels(f, items, layout, cache=cache, queue=queue)
-    linking = Linking(blocks.layout, None, bool(consecutive), whole=True)
+    linking = Linking(
+        blocks.layout, None, bool(consecutive), whole=True, steps=needed_steps(element)
+    )
     return _stitched(as_input(blocks), linking, cache, queue)
 
 

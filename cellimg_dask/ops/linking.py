@@ -11,10 +11,10 @@ An id is ``number of the block * stride + label``, and an object's is the smalle
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, product
+from itertools import chain, combinations, product
 from math import prod
 from operator import add, mul, sub
 from typing import Any, TypeAlias
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from cellimg_dask.geometry import Roi
 from cellimg_dask.ops.overlap import SideBySide
 
-__all__ = ["Bands", "Down", "Joined", "Linking", "shared_labels"]
+__all__ = ["Bands", "Down", "Joined", "Linking", "needed_steps", "shared_labels"]
 
 Ids: TypeAlias = NDArray[np.uint64]
 
@@ -101,12 +101,16 @@ class Linking:
     whole : bool
         Whether labels are 1, 2, 3 … in each block, and each of them that has no voxel in the cell
         is linked to one that has, as it is with the connected components of a mask.
+    steps : tuple of tuples of int, optional
+        Sets of axes along which the neighbours lie, together, whose labels have to be compared;
+        default: all.
     """
 
     layout: SideBySide
     threshold: float | None
     consecutive: bool
     whole: bool = False
+    steps: tuple[tuple[int, ...], ...] | None = None
 
     @cached_property
     def stride(self) -> int:
@@ -126,6 +130,8 @@ class Linking:
         for ways in product((-1, 0, 1), repeat=len(widths)):
             if self.threshold is None and len(set(ways) - {0}) > 1:
                 # Two voxels that touch lie both in the block that has the first along every axis.
+                continue
+            if self.steps is not None and _axes_of(ways) not in self.steps:
                 continue
             if any(ways) and all(width for way, width in zip(ways, widths, strict=True) if way):
                 steps.append(_Step.of(ways, widths))
@@ -430,6 +436,24 @@ def _closed(
     own_smallest = smallest[np.searchsorted(ids, own_ids)]
     ending = np.setdiff1d(smallest[smallest < IN_HALO], own_smallest)
     return Joined(ids, smallest, own, own_smallest, other, counts, int(counts.sum()) + ending.size)
+
+
+def needed_steps(structure: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
+    """Return the sets of axes along which cells have to be compared for a structuring element.
+
+    Two voxels that are connected lie both in the block of the cell that is the first along every
+    axis. From there the cell of either one lies along axes on which this one comes later.
+    """
+    # One axis at a time in any case: so every label of a halo is linked to one of a cell.
+    found: set[tuple[int, ...]] = {(axis,) for axis in range(structure.ndim)}
+    for way in np.argwhere(structure) - 1:
+        later = _axes_of(np.maximum(way, 0))
+        found.update(chain.from_iterable(combinations(later, n) for n in range(2, len(later) + 1)))
+    return tuple(sorted(found))
+
+
+def _axes_of(ways: Iterable[int]) -> tuple[int, ...]:
+    return tuple(axis for axis, way in enumerate(ways) if way)
 
 
 def _positions(roi: Roi) -> Iterator[tuple[int, ...]]:
