@@ -20,6 +20,7 @@ from cellimg_dask.blocks.errors import (
     describe,
 )
 from cellimg_dask.blocks.plan import CellPlan
+from cellimg_dask.blocks.wrappers import bound_function, function_name
 from cellimg_dask.geometry import CellGrid, Roi
 
 __all__ = [
@@ -28,9 +29,7 @@ __all__ = [
     "BlockFunction",
     "FillFunction",
     "ValueFunction",
-    "bound_function",
     "current_worker",
-    "function_name",
     "working_as",
 ]
 
@@ -67,14 +66,6 @@ class BlockFunction(Protocol):
     def bound(self, bind: Callable[[Any], Any]) -> BlockFunction:
         """Return the same with ``bind(f)`` in place of the user's function ``f``."""
         ...
-
-
-def function_name(function: object) -> str:
-    """Return a readable name of a callable."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    name = getattr(function, "__qualname__", None) or getattr(function, "__name__", None)
-    return str(name) if name else type(function).__name__
 
 
 def _call(
@@ -257,12 +248,6 @@ class ValueFunction:
     def bound(self, bind: Callable[[Any], Any]) -> ValueFunction:
         """Return the same with another function; see `BlockFunction.bound`."""
         return ValueFunction(bound_function(self.function, bind), self.grid)
-
-
-def bound_function(function: Any, bind: Callable[[Any], Any]) -> Any:
-    """Bind a function; what only wraps the user's has a method ``bound`` of its own."""
-    inner = getattr(function, "bound", None)
-    return bind(function) if inner is None else inner(bind)
 
 
 class BlockCode:

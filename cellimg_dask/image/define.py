@@ -17,9 +17,9 @@ from cellimg_dask.blocks.functions import (
     BlockCode,
     BlockFunction,
     FillFunction,
-    function_name,
 )
 from cellimg_dask.blocks.plan import AxisLink, InputPlan, Planner
+from cellimg_dask.blocks.wrappers import function_name
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, as_int, as_ints, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.input import Input, as_input, follow

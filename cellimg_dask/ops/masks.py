@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.wrappers import Wrapper
 from cellimg_dask.ops.objects import Objects, Wants, measure, select
 from cellimg_dask.ops.properties import MASK_PROPERTIES
 
@@ -84,7 +85,7 @@ def merge_masks(parts: Sequence[Masks]) -> Masks:
 
 
 @dataclass(frozen=True)
-class MeasureMasks:
+class MeasureMasks(Wrapper):
     """Measures the objects that begin in a cell and do not exceed a box."""
 
     properties: tuple[str, ...]
@@ -102,8 +103,8 @@ class MeasureMasks:
     def __name__(self) -> str:
         return "region_table"
 
-    def bound(self, bind: Callable[[Any], Any]) -> MeasureMasks:
-        """Return the same with functions that see what a worker's ``init`` left."""
+    def bound(self, bind: Callable[[Any], Any]) -> Self:
+        """Return the same with other functions; see `Wrapper.bound`."""
         extras = tuple(replace(extra, function=bind(extra.function)) for extra in self.extras)
         return replace(self, extras=extras)
 

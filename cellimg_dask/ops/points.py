@@ -11,7 +11,8 @@ import numpy as np
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
-from cellimg_dask.blocks.functions import BlockCode, function_name
+from cellimg_dask.blocks.functions import BlockCode
+from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import Input, as_input
@@ -197,10 +198,9 @@ def _tolerance(merge: Any) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Finder:
+class _Finder(FunctionWrapper):
     """Calls a function of arrays for a block, and reads what it returns as points."""
 
-    function: Callable[..., Any]
     grid: CellGrid
     before: tuple[int, ...]
     """Halo of the first input at the low sides."""
@@ -209,15 +209,6 @@ class _Finder:
     table: PointTable
     tol: float
     """How far outside the cell points count."""
-
-    @property
-    def __name__(self) -> str:
-        """How messages call it: as the user's function."""
-        return function_name(self.function)
-
-    def bound(self, bind: Callable[[Any], Any]) -> _Finder:
-        """Return the same with ``bind(f)`` in place of the user's function ``f``."""
-        return replace(self, function=bind(self.function))
 
     def __call__(self, block: Block) -> Found:
         """Return the points of a cell."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from cellimg_dask.blocks.block import Block
-from cellimg_dask.blocks.functions import function_name
+from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import CellGrid, HaloLike
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of
@@ -209,37 +208,23 @@ class Reduced:
 # ---------------------------------------------------------------- functions of blocks
 
 
-@dataclass(frozen=True)
-class _Wrapper:
-    """Calls a function of the user's, under its name."""
-
-    function: Callable[..., Any]
-
-    @property
-    def __name__(self) -> str:
-        return function_name(self.function)
-
-    def bound(self, bind: Callable[[Any], Any]) -> _Wrapper:
-        return type(self)(bind(self.function))
-
-
-class OfArrays(_Wrapper):
+class OfArrays(FunctionWrapper):
     """Calls a function with the arrays of a block."""
 
     def __call__(self, block: Block) -> Any:
         return self.function(*block.inputs, **block.params)
 
 
-class _OfNothing(_Wrapper):
+class _OfNothing(FunctionWrapper):
     def __call__(self, block: Block) -> Any:
         return self.function([])
 
 
-class _OfValues(_Wrapper):
+class _OfValues(FunctionWrapper):
     def __call__(self, block: Block) -> Any:
         return self.function(list(block.inputs[0].flat))
 
 
-class _OfOne(_Wrapper):
+class _OfOne(FunctionWrapper):
     def __call__(self, block: Block) -> Any:
         return self.function(block.inputs[0].item())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.functions import bound_function, function_name
+from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import HaloLike, as_ints
 from cellimg_dask.image.define import as_axes
 from cellimg_dask.image.input import as_input
@@ -174,11 +174,9 @@ def segment(
 
 
 @dataclass(frozen=True)
-class Segmenter:
+class Segmenter(FunctionWrapper):
     """Gives blocks to a segmenter as it wants them, and takes its labels."""
 
-    function: Callable[..., Any]
-    """The user's."""
     holder: Holder | None
     """Of its model and the lock."""
     has_model: bool
@@ -191,14 +189,6 @@ class Segmenter:
     """The axis of channels, if there is one, in the image with the most axes."""
     multiples: tuple[int, ...]
     """Of which extents of blocks are to be multiples."""
-
-    @property
-    def __name__(self) -> str:
-        return function_name(self.function)
-
-    def bound(self, bind: Callable[[Any], Any]) -> Segmenter:
-        """Return the same with another function."""
-        return replace(self, function=bound_function(self.function, bind))
 
     def __call__(self, *arrays: NDArray[Any], **params: Any) -> NDArray[Any]:
         """Return the labels of a block."""

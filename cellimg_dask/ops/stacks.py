@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.block import Block
-from cellimg_dask.blocks.functions import function_name
+from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import (
     AxisSplit,
     CellGrid,
@@ -169,17 +169,8 @@ def map_stack(
 
 
 @dataclass(frozen=True)
-class _OfBlock:
+class _OfBlock(FunctionWrapper):
     """Calls the user's function with the arrays of a block."""
-
-    function: Callable[..., Any]
-
-    @property
-    def __name__(self) -> str:
-        return function_name(self.function)
-
-    def bound(self, bind: Callable[[Any], Any]) -> _OfBlock:
-        return _OfBlock(bind(self.function))
 
     def __call__(self, block: Block) -> Any:
         result = self.function(*block.inputs, **block.params)

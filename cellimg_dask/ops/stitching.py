@@ -6,7 +6,7 @@ Values that travel: each can be pickled, compared, and says what it is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
-from cellimg_dask.blocks.functions import bound_function, function_name
+from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import CellGrid, Halo, Roi
 from cellimg_dask.ops.linking import Down, Joined, Linking
 from cellimg_dask.ops.overlap import SideBySide
@@ -99,21 +99,12 @@ class FindComponents:
 
 
 @dataclass(frozen=True)
-class FindObjects:
+class FindObjects(FunctionWrapper):
     """Puts what the user's function found in a block into its place."""
 
-    function: Callable[..., Any]
     layout: SideBySide
     modes: frozenset[str]
     """What lies beyond the borders of the inputs."""
-
-    @property
-    def __name__(self) -> str:
-        return function_name(self.function)
-
-    def bound(self, bind: Callable[[Any], Any]) -> FindObjects:
-        """Return the same with another function."""
-        return replace(self, function=bound_function(self.function, bind))
 
     def __call__(self, block: Block) -> None:
         """Call the function, check what it returns, and write it."""

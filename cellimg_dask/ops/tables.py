@@ -310,10 +310,6 @@ class _Finish(_Named):
     def __call__(self, block: Block) -> pd.DataFrame:
         return self.frame(*(known.item() for known in block.inputs))
 
-    def bound(self, bind: Callable[[Any], Any]) -> _Finish:
-        # No function of the user's runs here.
-        return self
-
     def frame(self, objects: Objects, masks: Masks | None = None) -> pd.DataFrame:
         import pandas as pd
 

@@ -19,8 +19,9 @@ from dask.base import tokenize
 
 import cellimg_dask as ci
 from cellimg_dask.blocks.errors import CellError
-from cellimg_dask.blocks.functions import ArrayFunction, FillFunction, function_name
+from cellimg_dask.blocks.functions import ArrayFunction, FillFunction
 from cellimg_dask.blocks.plan import AxisLink, CellPlan, InputPlan, Planner
+from cellimg_dask.blocks.wrappers import function_name
 from cellimg_dask.geometry import CellGrid, Halo, Roi
 
 INT = np.dtype("i4")

@@ -6,7 +6,6 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,28 +20,18 @@ from numpy.typing import NDArray
 
 import cellimg_dask as ci
 from cellimg_dask.blocks.content import value_content
-from cellimg_dask.blocks.functions import function_name
+from cellimg_dask.blocks.wrappers import FunctionWrapper, function_name
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.loading.lasting import Lasting
 from cellimg_dask.state.disk import DiskCells
 from cellimg_dask.state.sizes import num_bytes
 
 
-@dataclass(frozen=True)
-class Wrapped:
+class Wrapped(FunctionWrapper):
     """What a module that builds on values makes of a user's function."""
-
-    function: Callable[..., Any]
-
-    @property
-    def __name__(self) -> str:
-        return function_name(self.function)
 
     def __call__(self, block: ci.Block) -> Any:
         return block.position, self.function(*block.inputs, **block.params)
-
-    def bound(self, bind: Callable[[Any], Any]) -> Wrapped:
-        return Wrapped(bind(self.function))
 
 
 def seen(block: ci.Block) -> dict[str, Any]:

@@ -1430,3 +1430,18 @@ def test_by_default_there_is_a_worker_for_each_core(backend: str) -> None:
         assert queue.backend == backend
         assert repr(queue) == f"BlockQueue({queue.num_workers}, backend={backend!r})"
     assert repr(queue) == f"BlockQueue({queue.num_workers}, backend={backend!r}, closed)"
+
+
+class Clipped:
+    """A callable of the user's, with an attribute that is called as one of the library's is."""
+
+    bound = 3
+
+    def __call__(self, block: ci.Block) -> None:
+        block.data[...] = min(block.index, self.bound)
+
+
+def test_attributes_of_a_users_callable_are_the_users(make_queue: Make) -> None:
+    queue = make_queue(init="factor = 2")
+    image = ci.fill_cells(Clipped(), ci.CellGrid((6,), (1,)), dtype=int, queue=queue)
+    np.testing.assert_array_equal(image[...], [0, 1, 2, 3, 3, 3])
