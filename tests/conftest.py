@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import support
 from hypothesis import HealthCheck, settings
+from support import PATIENCE_S
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
 from cellimg_dask.state.flights import Flight
-
-PATIENCE_S = 60
-"""What takes longer hangs."""
 
 settings.register_profile(
     "default",
@@ -60,16 +59,7 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def until() -> Callable[[Callable[[], object]], None]:
     """Wait for what nothing announces."""
-
-    def until(condition: Callable[[], object]) -> None:
-        tick = threading.Event()
-        for _ in range(PATIENCE_S * 200):
-            if condition():
-                return
-            tick.wait(0.005)
-        raise AssertionError("it did not come about")
-
-    return until
+    return support.until
 
 
 @pytest.fixture
@@ -95,6 +85,16 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     monkeypatch.setattr(Flight, "join", counted)
     return wait_for
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A cluster of two processes with a thread each."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
+    ) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import zarr
 from scipy import ndimage
 from skimage.feature import blob_log
 from skimage.measure import regionprops_table
+from support import same_objects
 
 from cellimg_dask.batch.manifest import Manifest, pass_of
 from cellimg_dask.batch.spec import KINDS, InputSpec, QueueSpec, SlurmSpec, WholeSpec
@@ -132,15 +133,6 @@ class Story:
         assert found == {tuple(row) for row in known.tolist()}
         np.testing.assert_allclose(spots["physical-y"], 2 * spots["y"])
         return {"cells": count, "clumps": int(clumps.max()), "spots": len(spots)}
-
-
-def same_objects(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether two images of labels show the same objects, whatever they call them."""
-    pairs = np.unique(np.stack([found.ravel(), expected.ravel().astype(found.dtype)]), axis=1)
-    return bool(
-        np.array_equal(found == 0, expected == 0)
-        and pairs.shape[1] == np.unique(found).size == np.unique(expected).size
-    )
 
 
 def tell(story: Story, first: int, second: int) -> tuple[dict[str, int], list[str]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -29,6 +28,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support import begin
 
 import cellimg_dask as ci
 from cellimg_dask.geometry import BOUNDARIES
@@ -893,22 +893,6 @@ def test_changes_reach_what_they_affect_and_nothing_else(machine: Any) -> None:
 
 
 # ----------------------------------------------------------------------------- threads
-
-
-def begin(function: Callable[[], Any]) -> Future[Any]:
-    """Call something on a thread of its own."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=call, name="test", daemon=True).start()
-    return future
 
 
 READS_PER_EDIT = 2

@@ -6,50 +6,16 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
+from support import PATIENCE_S, begin, in_time, until
 
 import cellimg_dask as ci
 from cellimg_dask.loading import node as node_module
 from cellimg_dask.state.history import clock
-
-PATIENCE_S = 60
-"""What takes longer hangs."""
-
-
-def begin(function: Callable[[], Any]) -> Future[Any]:
-    """Call something on a thread of its own."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=call, name="test", daemon=True).start()
-    return future
-
-
-def in_time(function: Callable[[], Any]) -> Any:
-    """Call something that fails the test where it would hang."""
-    return begin(function).result(PATIENCE_S)
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for what nothing announces."""
-    tick = threading.Event()
-    for _ in range(PATIENCE_S * 200):
-        if condition():
-            return
-        tick.wait(0.005)
-    raise AssertionError("it did not come about")
 
 
 class Doors:

@@ -24,6 +24,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support import begin, in_time, until
 
 import cellimg_dask as ci
 from cellimg_dask.loading.board import Board
@@ -105,37 +106,6 @@ def numbers(count: int, fill: Callable[[ci.Block], None] | None = None, **option
         block.data[...] = block.index
 
     return ci.fill_cells(whole, ci.CellGrid((count,), (1,)), dtype=int, **options)
-
-
-def on_a_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Call something on a thread of its own."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=call, name="test", daemon=True).start()
-    return future
-
-
-def in_time(function: Callable[[], Any]) -> Any:
-    """Call something that fails the test where it would hang."""
-    return on_a_thread(function).result(PATIENCE_S)
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for what nothing announces."""
-    tick = threading.Event()
-    for _ in range(PATIENCE_S * 200):
-        if condition():
-            return
-        tick.wait(0.005)
-    raise AssertionError("it did not come about")
 
 
 # ---------------------------------------------------------------------------- results
@@ -314,7 +284,7 @@ def test_a_read_and_a_request_share_what_runs(two: Crew, gate: Gate) -> None:
     lazy = numbers(1, fill)
     request = lazy.request()
     gate.wait_for(1)
-    reader = on_a_thread(lambda: lazy[...])
+    reader = begin(lambda: lazy[...])
     gate.open()
     np.testing.assert_array_equal(reader.result(PATIENCE_S), [0])
     np.testing.assert_array_equal(request.result(PATIENCE_S), [0])
@@ -499,7 +469,7 @@ def test_cancelling_what_is_over_changes_nothing(crew: Crew) -> None:
 def test_cancelling_wakes_who_waits(one: Crew, gate: Gate) -> None:
     request = numbers(3, lambda block: gate.hold()).request()
     gate.wait_for(1)
-    waiters = [on_a_thread(request.wait), on_a_thread(request.result)]
+    waiters = [begin(request.wait), begin(request.result)]
     until(lambda: request._job.event is not None)
     request.cancel()
     assert waiters[0].result(PATIENCE_S) is True
@@ -689,7 +659,7 @@ def test_waiting_takes_no_longer_than_was_said(one: Crew, gate: Gate) -> None:
 def test_an_interrupted_wait_leaves_the_request_alive(one: Crew, gate: Gate) -> None:
     request = numbers(3, lambda block: gate.hold()).request()
     gate.wait_for(1)
-    pressed = on_a_thread(
+    pressed = begin(
         lambda: (
             until(lambda: request._job.event is not None),
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT),

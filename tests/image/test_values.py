@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -397,15 +397,6 @@ def test_an_image_of_values_can_be_pickled() -> None:
     image = np.arange(12)
     values = cell_values(Wrapped(np.sum), ci.CellGrid((12,), 5), image)
     assert values_of(pickle.loads(pickle.dumps(values))) == [((0,), 10), ((1,), 35), ((2,), 21)]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
-    ) as cluster:
-        yield cluster
 
 
 def test_values_made_by_a_cluster(client: Any) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pytest
+from support import begin, until
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import Crew
@@ -68,30 +68,6 @@ def numbers(count: int, before: Callable[[int], object] = lambda _: None) -> ci.
         block.data[...] = block.index
 
     return ci.fill_cells(fill, ci.CellGrid((count,), (1,)), dtype=int)
-
-
-def begin(function: Callable[[], Any]) -> Future[Any]:
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=call, name="test", daemon=True).start()
-    return future
-
-
-def until(condition: Callable[[], object]) -> None:
-    tick = threading.Event()
-    for _ in range(PATIENCE_S * 200):
-        if condition():
-            return
-        tick.wait(0.005)
-    raise AssertionError("it did not come about")
 
 
 def test_a_prefetch_makes_way_for_a_read_between_two_cells(make_crew, make_gate):

@@ -11,20 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
+from support import same_objects
 
 import cellimg_dask as ci
 from cellimg_dask.ops.label_image import BlockLabels
 from cellimg_dask.ops.linking import shared_labels
-
-
-def same_objects(found: NDArray[Any], expected: NDArray[Any]) -> bool:
-    """Whether two images of labels show the same objects, whatever they call them."""
-    if found.shape != expected.shape or not np.array_equal(found == 0, expected == 0):
-        return False
-    left, mine = np.unique(found, return_inverse=True)
-    right, its = np.unique(expected, return_inverse=True)
-    pairs = np.unique(mine.reshape(-1) * (right.size + 1) + its.reshape(-1))
-    return pairs.size == left.size == right.size
 
 
 def components(a: NDArray[Any]) -> NDArray[Any]:

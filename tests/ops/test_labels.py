@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import dask
@@ -13,19 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
+from support import same_objects
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import usable_cores
-
-
-def same_objects(found: NDArray[Any], expected: NDArray[Any]) -> bool:
-    """Whether two images of labels show the same objects, whatever they call them."""
-    if found.shape != expected.shape or not np.array_equal(found == 0, expected == 0):
-        return False
-    left, mine = np.unique(found, return_inverse=True)
-    right, its = np.unique(expected, return_inverse=True)
-    pairs = np.unique(mine.reshape(-1) * (right.size + 1) + its.reshape(-1))
-    return pairs.size == left.size == right.size
 
 
 def random_case(rng: np.random.Generator) -> tuple[NDArray[Any], Any, tuple[int, ...]]:
@@ -94,18 +84,6 @@ def test_a_snake_through_all_cells_is_one_object() -> None:
 def mask_of(shape: tuple[int, ...]) -> NDArray[np.bool_]:
     noise = np.random.default_rng(2).random(shape)
     return np.asarray(ndimage.gaussian_filter(noise, 1) > 0.52)
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    distributed = pytest.importorskip("distributed")
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        yield client
 
 
 @pytest.mark.parametrize("consecutive", [False, True])

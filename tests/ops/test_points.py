@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -740,18 +739,6 @@ def test_dask_on_processes(work: Any) -> None:
     image, expected = work
     frame = map_points(partial(threshold, level=0.97), image, halo=2, cell_shape=(40, 25))
     assert rows(frame.compute(scheduler="processes", num_workers=1)) == rows(expected)
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    distributed = pytest.importorskip("distributed")
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
 
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.set_index")

@@ -6,7 +6,6 @@ import os
 import pickle
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import dask
@@ -308,15 +307,6 @@ def test_other_images_read_the_result() -> None:
 
 
 # ---------------------------------------------------------------- elsewhere
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
-    ) as cluster:
-        yield cluster
 
 
 def where(array: NDArray[Any]) -> tuple[int, frozenset[int], frozenset[int]]:

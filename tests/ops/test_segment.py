@@ -23,22 +23,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
+from support import same_objects
 
 import cellimg_dask as ci
 from cellimg_dask.ops import holders
 from cellimg_dask.ops.holders import hold
 from cellimg_dask.ops.normalize import normalize
 from cellimg_dask.ops.segment import segment
-
-
-def same_objects(found: NDArray[Any], expected: NDArray[Any]) -> bool:
-    """Whether two images of labels show the same objects, whatever they call them."""
-    if found.shape != expected.shape or not np.array_equal(found == 0, expected == 0):
-        return False
-    left, mine = np.unique(found, return_inverse=True)
-    right, its = np.unique(expected, return_inverse=True)
-    pairs = np.unique(mine.reshape(-1) * (right.size + 1) + its.reshape(-1))
-    return pairs.size == left.size == right.size
 
 
 def scaled_whole(image: NDArray[Any], low: float, high: float, axis: Any = None) -> NDArray[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -256,15 +255,6 @@ def test_chunks_of_dask(rng: np.random.Generator) -> None:
     image = da.from_array(data, chunks=(7, 11))
     np.testing.assert_array_equal(histogram(image, 9).compute()[0], np.histogram(data, 9)[0])
     assert quantiles(image, 0.25).compute(scheduler="sync") == np.quantile(data, 0.25)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
-    ) as cluster:
-        yield cluster
 
 
 def test_on_a_cluster(client: Any, rng: np.random.Generator) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 
 import dask
 import pytest
+import support
+from support import PATIENCE_S
 
 import cellimg_dask as ci
-
-PATIENCE_S = 60
-"""What takes longer hangs."""
 
 
 @pytest.fixture(scope="module")
@@ -65,32 +64,13 @@ def make_queue(backend: str, request: pytest.FixtureRequest) -> Iterator[Callabl
 @pytest.fixture
 def begin() -> Callable[..., Future[Any]]:
     """Call something on a thread of its own."""
-
-    def begin(function: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-
-        def call() -> None:
-            try:
-                result = function(*args)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        threading.Thread(target=call, name="test", daemon=True).start()
-        return future
-
-    return begin
+    return support.begin
 
 
 @pytest.fixture
-def in_time(begin: Callable[..., Future[Any]]) -> Callable[..., Any]:
+def in_time() -> Callable[..., Any]:
     """Call something that fails the test where it would hang."""
-
-    def in_time(function: Callable[..., Any], *args: Any) -> Any:
-        return begin(function, *args).result(PATIENCE_S)
-
-    return in_time
+    return support.in_time
 
 
 class Log:
