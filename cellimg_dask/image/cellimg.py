@@ -16,6 +16,7 @@ from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
 from cellimg_dask.geometry import CellGrid, Roi, parse_index
 from cellimg_dask.image.describe import as_html, as_text
 from cellimg_dask.image.graph import Graph, graph_of
+from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.input import checked_fill
 from cellimg_dask.image.request import Request, request
 from cellimg_dask.loading.loader import CellLoader
@@ -38,7 +39,7 @@ _DASK_METHODS = frozenset(
 )
 
 
-class CellImg(NDArrayOperatorsMixin):
+class CellImg(Gridded, NDArrayOperatorsMixin):
     """A lazy image: cells are computed when they are read, once, and kept in a cache.
 
     Made by `map_cells` and `fill_cells`. Reading (``image[...]``, ``numpy.asarray(image)``)
@@ -68,39 +69,9 @@ class CellImg(NDArrayOperatorsMixin):
         return self.node.grid
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Extent along each axis, in voxels."""
-        return self.node.grid.shape
-
-    @property
     def dtype(self) -> np.dtype[Any]:
         """Data type, in native byte order."""
         return self.loader.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of voxels."""
-        return Roi.of_shape(self.shape).size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the whole image would take."""
-        return self.size * self.dtype.itemsize
-
-    @property
-    def cell_shape(self) -> tuple[int, ...]:
-        """Nominal shape of a cell."""
-        return self.grid.cell_shape
-
-    @property
-    def chunks(self) -> tuple[tuple[int, ...], ...]:
-        """Cell sizes along each axis, as dask writes chunks."""
-        return self.grid.chunks
 
     def __bool__(self) -> bool:
         if self.size != 1:
@@ -115,11 +86,6 @@ class CellImg(NDArrayOperatorsMixin):
         if not name.startswith("_") and (hasattr(np.ndarray, name) or name in _DASK_METHODS):
             hint = f"; use image.to_dask().{name}, or numpy.asarray(image).{name}"
         raise AttributeError(f"a lazy image has no attribute {name!r}{hint}", name=name, obj=self)
-
-    def __len__(self) -> int:
-        if not self.shape:
-            raise TypeError("len() of an image without axes")
-        return self.shape[0]
 
     def __repr__(self) -> str:
         return as_text(self.loader)

@@ -61,7 +61,7 @@ def draw(cards: Sequence[Card]) -> str:
         boxes = (heights[box] for box, own in row if layers.row[box] == own)
         top += max(boxes, default=0) + _GAP
     tops.append(top)
-    shapes = _lines(layers, cards, width, tops, heights)
+    shapes = _lines(layers, width, tops, heights)
     for number, card in enumerate(cards):
         at = layers.centre[number, layers.row[number]] * width + _MARGIN
         shapes += _box(card, at - width / 2, tops[layers.row[number]], width, heights[number])
@@ -117,7 +117,6 @@ def _box(card: Card, left: float, top: float, width: float, height: float) -> li
 
 def _lines(
     layers: Layers,
-    cards: Sequence[Card],
     width: float,
     tops: Sequence[float],
     heights: Sequence[float],

@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from cellimg_dask.blocks.errors import CycleError, SaveError, SourceChangedError
 from cellimg_dask.geometry import CellGrid, Roi, as_ints
 from cellimg_dask.image.describe import size_text
+from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.indexing import VoxelChange, assign, take
 from cellimg_dask.loading.node import SourceNode
 from cellimg_dask.loading.readers import check_array, native
@@ -37,7 +38,7 @@ _DEFAULT_VOXELS_LOG2 = 18
 _logger = logging.getLogger("cellimg_dask")
 
 
-class Source:
+class Source(Gridded):
     """An input of images that can be changed; what rests on a change is computed anew.
 
     It is changed by `edit` only, a whole edit at a time. Whoever reads an image, or has taken a
@@ -79,6 +80,8 @@ class Source:
     >>> doubled[0, :3]
     array([ 0., 10.,  0.])
     """
+
+    _noun = "a source"
 
     def __init__(
         self,
@@ -187,44 +190,9 @@ class Source:
         return self._reader.grid
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Extent along each axis, in voxels."""
-        return self._reader.shape
-
-    @property
     def dtype(self) -> np.dtype[Any]:
         """Data type, in native byte order."""
         return self._reader.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of voxels."""
-        return Roi.of_shape(self.shape).size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole array."""
-        return self.size * self.dtype.itemsize
-
-    @property
-    def cell_shape(self) -> tuple[int, ...]:
-        """Nominal shape of a cell."""
-        return self.grid.cell_shape
-
-    @property
-    def chunks(self) -> tuple[tuple[int, ...], ...]:
-        """Cell sizes along each axis, as dask writes chunks."""
-        return self.grid.chunks
-
-    def __len__(self) -> int:
-        if not self.shape:
-            raise TypeError("len() of a source without axes")
-        return self.shape[0]
 
     def __repr__(self) -> str:
         text = (
