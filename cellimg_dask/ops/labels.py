@@ -376,9 +376,7 @@ def _stitched(
         down = values(Resolve(linking, size), each, node, *above)
     assert down is not None
     told = Input(down, index_map=NodeOfCell(grid, size))
-    core = Input(
-        blocks.array if isinstance(blocks, Input) else blocks, index_map=BlockOfCell(layout)
-    )
+    core = replace(blocks, index_map=BlockOfCell(layout))
     final = make_image(
         FillFunction(LookUpIds(linking, size), in_place=True),
         grid,

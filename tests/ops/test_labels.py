@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import dask
+import dask.array
 import numpy as np
 import pytest
 from hypothesis import given
@@ -249,3 +251,19 @@ def test_deep_trees_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_array_equal(np.unique(found[found > 0]), every)
         else:
             np.testing.assert_array_equal(found, flat[...])
+
+
+def test_the_version_of_stored_blocks_is_that_of_all_that_is_made_of_them(tmp_path: Path) -> None:
+    mask = mask_of((12, 12))
+    labels = ci.map_labels(
+        lambda a: ndimage.label(a)[0], mask, halo=1, link="components", cell_shape=5
+    )
+    # What a dask array holds cannot be compared.
+    blocks = dask.array.from_array(np.asarray(labels.blocks), chunks=7)
+    grid = ci.CellGrid((12, 12), (5, 5))
+    again = ci.stitch(ci.Input(blocks, version="1"), grid, 1, link="components")
+    report = ci.run(again, tmp_path / "labels.zarr", progress=False)
+    assert report.ok
+    assert ci.run(again, tmp_path / "labels.zarr", progress=False).skipped == 9
+    with pytest.raises(ci.NoContentError, match="version"):
+        ci.run(ci.stitch(blocks, grid, 1), tmp_path / "other.zarr", progress=False)
