@@ -19,6 +19,7 @@ PACKAGE = "cellimg_dask"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 FLOORS: dict[str, float] = {
+    "bare": -1,  # Runs without the rest of the package.
     "geometry": 0,
     "blocks": 1,
     "state": 2,
@@ -36,7 +37,12 @@ TOP = 7
 USERS = {"cli"}
 """Folders that use the package by its face, as any user does; the face knows nothing of them."""
 
-FOREIGN = {"geometry": {"numpy"}, "blocks": {"numpy", "cloudpickle"}, "state": {"numpy"}}
+FOREIGN = {
+    "bare": {"numpy"},
+    "geometry": {"numpy"},
+    "blocks": {"numpy", "cloudpickle"},
+    "state": {"numpy"},
+}
 """What the low floors may import beyond the standard library; cloudpickle for errors' causes."""
 
 
@@ -135,6 +141,16 @@ def test_the_low_floors_know_numpy_and_the_standard_library_only(module):
         if target.partition(".")[0] not in allowed
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if folder(module) == "bare"])
+def test_what_runs_in_other_pythons_is_written_for_the_oldest(module):
+    text = MODULES[module].read_text(encoding="utf-8")
+    ast.parse(text, feature_version=(3, 9))
+    absolute = [target for target, _ in imports(module) if target == PACKAGE]
+    assert not absolute
+    assert f"import {PACKAGE}" not in text
+    assert f"from {PACKAGE}" not in text
 
 
 @pytest.mark.parametrize("module", MODULES)
