@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from numpy.typing import NDArray
 
+from cellimg_dask.bare import block as bare
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.geometry import Roi
 
 __all__ = ["Block"]
 
 
-class Block:
+class Block(bare.Block):
     """What a fill function is given: a cell, the arrays to read and the array to write.
 
     All shapes and indices are in NumPy axis order and in voxels of the output image.
     """
 
-    __slots__ = ("_data", "_plan", "inputs", "params")
+    __slots__ = ()
+
+    _plan: CellPlan
 
     def __init__(
         self,
@@ -28,69 +31,14 @@ class Block:
         inputs: tuple[NDArray[Any], ...],
         params: Mapping[str, Any],
     ) -> None:
-        self._plan = plan
-        self._data = data
-        self.inputs = inputs
-        """Read-only arrays, each with its halo."""
-        self.params = params
-        """Keyword parameters of the image."""
-
-    @property
-    def data(self) -> NDArray[Any]:
-        """The array to write: the cell's true shape, native byte order, zeros at first."""
-        return self._data
-
-    @data.setter
-    def data(self, value: object) -> NoReturn:
-        raise AttributeError(
-            "block.data cannot be replaced; write into it: block.data[...] = result"
-        )
-
-    @property
-    def index(self) -> int:
-        """Flat index of the cell, C order."""
-        return self._plan.index
-
-    @property
-    def position(self) -> tuple[int, ...]:
-        """Index of the cell along each axis of the grid."""
-        return self._plan.position
+        super().__init__(plan, data, inputs, params)
 
     @property
     def roi(self) -> Roi:
         """The cell's box, without halo."""
-        return Roi(self._plan.start, self._plan.stop)
+        return self._plan.roi
 
     @property
     def read_roi(self) -> Roi:
         """The cell's box grown by the halo; it may leave the image."""
         return self._plan.read_roi
-
-    @property
-    def min(self) -> tuple[int, ...]:
-        """First voxel of the cell along each axis."""
-        return self._plan.start
-
-    @property
-    def max(self) -> tuple[int, ...]:
-        """Last voxel of the cell along each axis, inclusive."""
-        return tuple(high - 1 for high in self._plan.stop)
-
-    @property
-    def dim(self) -> tuple[int, ...]:
-        """Shape of the cell, as the original names it."""
-        return self._plan.shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the cell."""
-        return self._plan.shape
-
-    @property
-    def halo(self) -> tuple[slice, ...]:
-        """Slices that crop a result of the input's size to the cell; right for width 0 too."""
-        return self._plan.crop
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(str(array.shape) for array in self.inputs)
-        return f"Block(position={self.position}, shape={self.shape}, inputs=[{shapes}])"

@@ -16,6 +16,7 @@ from cellimg_dask.geometry import Roi
 
 __all__ = [
     "BlockError",
+    "BlockTimeoutError",
     "CellimgError",
     "CycleError",
     "InitError",
@@ -120,8 +121,30 @@ class InitError(CellimgError, RuntimeError):
     """The ``init`` of a block function or of a queue failed; no block ran after it."""
 
 
+class BlockTimeoutError(BlockError, TimeoutError):
+    """A block took longer than its queue allows; its worker process was killed."""
+
+
 class WorkerDiedError(BlockError):
     """The worker process died while it computed the cell; other cells are not affected."""
+
+    def __init__(
+        self,
+        function: str,
+        position: tuple[int, ...],
+        roi: Roi,
+        detail: str,
+        exit_code: int | None = None,
+        stderr: str = "",
+    ) -> None:
+        super().__init__(function, position, roi, detail)
+        self.exit_code = exit_code
+        """Exit status of the process, negative for a signal; None if it is not known."""
+        self.stderr = stderr
+        """The last lines that the process printed or wrote to standard error."""
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (*super()._fields(), self.exit_code, self.stderr)
 
 
 class NoWorkersError(CellimgError, TimeoutError):

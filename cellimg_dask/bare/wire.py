@@ -1,0 +1,131 @@
+"""Messages between a process and a worker, over two descriptors that nobody else has.
+
+A message is a line of JSON. Where its entry ``attached`` lists lengths, as many bytes follow the
+line, one part after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import threading
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+__all__ = ["Message", "Wire"]
+
+Message = dict[str, Any]
+"""What a line says."""
+
+_AT_ONCE = 1 << 16
+
+
+class Wire:
+    """Two descriptors, read and written without a buffer of Python's.
+
+    Such a buffer has a lock, which a thread may hold while the process is forked.
+
+    Notes
+    -----
+    Any thread may send; one at a time receives.
+    """
+
+    def __init__(self, source: int, sink: int) -> None:
+        self._source = source
+        self._sink = sink
+        self._sending = threading.Lock()
+        self._read = bytearray()
+        self._poll: Any = None
+        if hasattr(select, "poll"):
+            self._poll = select.poll()
+            self._poll.register(source, select.POLLIN)
+
+    def send(self, message: Message, *attached: Any) -> None:
+        """Send a message; `OSError` if the other end is gone.
+
+        Parameters
+        ----------
+        message : dict
+            Of JSON's types.
+        *attached : bytes-like
+            Sent as they are.
+        """
+        if attached:
+            message = dict(message, attached=[len(part) for part in attached])
+        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        with self._sending:
+            self._write(line)
+            for part in attached:
+                self._write(part)
+
+    def receive(self, wait_s: float | None = None) -> tuple[Message, list[bytes]] | None:
+        """Wait for a message, and return it with what is attached.
+
+        Parameters
+        ----------
+        wait_s : float, optional
+            How long; None is returned if nothing comes. Default: as long as it takes.
+
+        Raises
+        ------
+        EOFError
+            If the other end is gone.
+        ValueError
+            If a line is no JSON object.
+        """
+        end = self._read.find(b"\n")
+        deadline = None if wait_s is None else monotonic() + wait_s
+        while end < 0:
+            if deadline is not None and not self._ready(max(0.0, deadline - monotonic())):
+                return None
+            before = len(self._read)
+            self._more(_AT_ONCE)
+            end = self._read.find(b"\n", before)
+        line = bytes(self._read[:end])
+        del self._read[: end + 1]
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise ValueError(f"expected a JSON object in a line, got {line[:100]!r}")
+        return message, [self._exactly(length) for length in message.get("attached", ())]
+
+    def _ready(self, wait_s: float) -> bool:
+        # Where nobody can tell, reading waits.
+        return self._poll is None or bool(self._poll.poll(wait_s * 1000))
+
+    def _more(self, most: int) -> None:
+        data = os.read(self._source, most)
+        if not data:
+            raise EOFError
+        self._read += data
+
+    def _exactly(self, length: int) -> bytes:
+        while len(self._read) < length:
+            self._more(max(_AT_ONCE, length - len(self._read)))
+        part = bytes(self._read[:length])
+        del self._read[:length]
+        return part
+
+    def _write(self, data: Any) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(self._sink, left) :]
+
+    def abandon(self) -> None:
+        """Turn both ends away from what this process, which was forked, was not meant to have."""
+        # Another thread may have been sending.
+        self._sending = threading.Lock()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for end in (self._source, self._sink):
+            # Their numbers stay taken.
+            os.dup2(nothing, end, inheritable=False)
+        os.close(nothing)
+
+    def close(self) -> None:
+        """Close both ends; `OSError` from then on."""
+        for end in (self._source, self._sink):
+            if end >= 0:
+                with suppress(OSError):
+                    os.close(end)
+        self._source = self._sink = -1

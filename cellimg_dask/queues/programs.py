@@ -1,0 +1,132 @@
+"""What worker processes are: Pythons that know this package, or Pythons of other environments."""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from cellimg_dask import bare
+from cellimg_dask.bare.wire import Message
+from cellimg_dask.blocks.errors import CellimgError, InitError
+from cellimg_dask.blocks.worker import Init
+from cellimg_dask.queues.environments import Env
+from cellimg_dask.queues.shipping import ship_init
+
+__all__ = ["EnvProgram", "PickledProgram"]
+
+# Modules are found where this process finds them.
+_PICKLED = (
+    "import sys; sys.path[:] = sys.argv[1:]; "
+    "from cellimg_dask.queues.process_worker import main; main()"
+)
+
+# The folder is a package by a name of its own: the environment may have another version of this
+# one. Modules in the working directory must not stand before those of the environment.
+_BARE = (
+    "import sys, types; sys.path[:] = [path for path in sys.path if path]; "
+    "package = types.ModuleType('cellimg_worker'); package.__path__ = [sys.argv[1]]; "
+    "sys.modules['cellimg_worker'] = package; "
+    "from cellimg_worker.runner import main; main()"
+)
+
+
+class PickledProgram:
+    """This Python, with this package: functions and blocks travel pickled.
+
+    Raises
+    ------
+    InitError
+        If ``init`` cannot be pickled.
+    """
+
+    def __init__(self, init: Init) -> None:
+        try:
+            self._init: bytes = cloudpickle.dumps(init)
+        except Exception as error:
+            raise InitError(f"init cannot be sent to a process: {error}") from error
+
+    def command(self) -> list[str]:
+        """Return what starts Python as this process was started; see `Program`."""
+        optimize = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []
+        warnings = [f"-W{option}" for option in sys.warnoptions]
+        # Only text is looked at by Python itself.
+        paths = [path for path in sys.path if isinstance(path, str)]
+        return [sys.executable, *optimize, *warnings, "-c", _PICKLED, *paths]
+
+    def variables(self) -> Mapping[str, str] | None:
+        """Return None: those of this process; see `Program`."""
+        return None
+
+    def greeting(self) -> tuple[Message, tuple[bytes, ...]]:
+        """Return the first request; see `Program`."""
+        return {"requestType": "INIT"}, (self._init,)
+
+    def error(self, response: Message, attached: list[bytes], asked: str) -> BaseException:
+        """Return an error as it was raised; see `Program`."""
+        text = response["error"]
+        try:
+            error: BaseException = pickle.loads(attached[0])
+        except (Exception, SystemExit):
+            # Its class is known there only, or cannot be made anew.
+            return CellimgError(f"in the worker process:\n{text}")
+        error.add_note(f"In the worker process:\n{text}")
+        return error
+
+
+class EnvProgram:
+    """The Python of another environment, which has no more than NumPy.
+
+    Parameters
+    ----------
+    env : Env
+        The environment.
+    init : str or callable or None
+        Runs in it first.
+
+    Raises
+    ------
+    TypeError
+        If ``init`` cannot be sent there.
+    """
+
+    def __init__(self, env: Env, init: Init) -> None:
+        self.env = env
+        self._init = ship_init(init)
+
+    def command(self) -> list[str]:
+        """Return what starts the environment's Python; see `Program`."""
+        folder = Path(bare.__file__).parent
+        return [*self.env.command(), "-c", _BARE, str(folder)]
+
+    def variables(self) -> Mapping[str, str] | None:
+        """Return the environment's own, and of this process' those that do no harm there."""
+        return self.env.variables()
+
+    def greeting(self) -> tuple[Message, tuple[bytes, ...]]:
+        """Return the first request; see `Program`."""
+        return {"requestType": "INIT", "init": self._init}, ()
+
+    def error(self, response: Message, attached: list[bytes], asked: str) -> BaseException:
+        """Return an error of the same kind, where that is a builtin one; see `Program`."""
+        kind, message, text = response["kind"], response["message"], response["error"]
+        error: BaseException
+        known: Any = getattr(builtins, kind, None)
+        if asked == "INIT":
+            error = InitError(message)
+        elif asked == "DEFINE":
+            error = CellimgError(f"{self.env!r} has no such function: {kind}: {message}")
+        elif isinstance(known, type) and issubclass(known, Exception):
+            try:
+                error = known(message)
+            except Exception:
+                error = CellimgError(f"{kind}: {message}")
+        else:
+            error = CellimgError(f"{kind}: {message}")
+        error.add_note(f"In {self.env!r}:\n{text}")
+        return error
