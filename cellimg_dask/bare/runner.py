@@ -28,7 +28,7 @@ class Runner(Runtime):
 
     def do_init(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Run ``init``."""
-        self._functions.run_init(request["init"])
+        self._functions = Functions(request["init"])
         return {}, []
 
     def do_define(self, request: Message, attached: list[bytes], server: Server) -> Reply:

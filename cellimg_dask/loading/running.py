@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -13,10 +13,13 @@ from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.loading.crew import Crew
 
-__all__ = ["BlockRunner", "CellRunner", "Queue", "given_up"]
+__all__ = ["BlockRunner", "CellRunner", "Queue", "given_up", "wanted"]
 
 given_up: ContextVar[Future[None] | None] = ContextVar("cellimg_given_up", default=None)
 """Done once nobody wants any more what this thread asks a `CellRunner` for."""
+
+wanted: ContextVar[Callable[[], bool] | None] = ContextVar("cellimg_wanted", default=None)
+"""Says whether somebody still wants the cell that this thread computes; None: nobody can tell."""
 
 
 class BlockRunner(Protocol):

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from cellimg_dask.queues.cluster import ClusterCells
+    from cellimg_dask.queues.env_blocks import EnvBlocks
+    from cellimg_dask.queues.environments import Env
     from cellimg_dask.queues.processes import ProcessBlocks
+    from cellimg_dask.queues.worker_pool import BlockUpdate
 
 __all__ = ["BlockQueue"]
 

@@ -45,6 +45,8 @@ class PickledProgram:
         If ``init`` cannot be pickled.
     """
 
+    advice = "define it in a module that can be imported there, or use BlockCode"
+
     def __init__(self, init: Init) -> None:
         try:
             self._init: bytes = cloudpickle.dumps(init)
@@ -95,6 +97,8 @@ class EnvProgram:
         If ``init`` cannot be sent there.
     """
 
+    advice = "install what it needs in that environment, or name a function that is there"
+
     def __init__(self, env: Env, init: Init) -> None:
         self.env = env
         self._init = ship_init(init)
@@ -120,7 +124,7 @@ class EnvProgram:
         if asked == "INIT":
             error = InitError(message)
         elif asked == "DEFINE":
-            error = CellimgError(f"{self.env!r} has no such function: {kind}: {message}")
+            error = CellimgError(f"{kind}: {message}")
         elif isinstance(known, type) and issubclass(known, Exception):
             try:
                 error = known(message)

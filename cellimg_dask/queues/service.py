@@ -46,6 +46,9 @@ class CancelledTaskError(Exception):
 class Program(Protocol):
     """What a worker process is: how it is started, prepared and understood."""
 
+    advice: str
+    """What to do if a function cannot be read there."""
+
     def command(self) -> list[str]:
         """Return the words that start it."""
         ...

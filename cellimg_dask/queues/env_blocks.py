@@ -1,0 +1,274 @@
+"""Blocks whose user's functions run in worker processes of another environment."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from numpy.typing import NDArray
+
+from cellimg_dask.bare.block import Outline
+from cellimg_dask.bare.places import Layout, array_at
+from cellimg_dask.bare.segments import Segment
+from cellimg_dask.bare.trees import decode, encode
+from cellimg_dask.bare.wire import Message
+from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
+from cellimg_dask.blocks.plan import CellPlan
+from cellimg_dask.blocks.worker import BlockJob, Init
+from cellimg_dask.loading.crew import Crew
+from cellimg_dask.queues.environments import Env
+from cellimg_dask.queues.here import open_runners
+from cellimg_dask.queues.programs import EnvProgram
+from cellimg_dask.queues.shipping import ship
+from cellimg_dask.queues.slots import Slot
+from cellimg_dask.queues.worker_pool import Errand, Parcel, Rules, WorkerPool
+
+__all__ = ["EnvBlocks", "check_function"]
+
+
+class EnvBlocks:
+    """Runs blocks here, and what the user's functions do in them in another environment.
+
+    So the environment needs Python and NumPy and nothing of this package, and whatever is done
+    with arrays before and after is done as for any other queue.
+
+    Parameters
+    ----------
+    num_workers : int
+        Number of processes.
+    init : str or callable or None
+        Run in each of them first.
+    env : Env
+        The environment.
+    rules : Rules
+        What they may do.
+
+    Raises
+    ------
+    InitError
+        If ``init`` raises in any of them.
+    TypeError
+        If ``init`` cannot be sent there.
+    """
+
+    copies = True
+
+    def __init__(self, num_workers: int, init: Init, env: Env, rules: Rules) -> None:
+        self._bound: weakref.WeakKeyDictionary[BlockJob, BlockFunction] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._calls = _Calls()
+        self._workers = WorkerPool(num_workers, EnvProgram(env, init), rules)
+        self.crew = Crew(2 * num_workers, spare_tiny=False)
+        open_runners.add(self)
+
+    def apply(
+        self,
+        job: BlockJob,
+        plan: CellPlan,
+        inputs: tuple[NDArray[Any], ...],
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Compute a cell; see `BlockFunction.apply`."""
+        function = self._bound.get(job)
+        if function is None:
+            function = self._bound[job] = job.function.bound(self._bind)
+        with self._calls.of(self._workers, job, plan):
+            result = function.apply(plan, inputs, job.params, job.dtype, out)
+            if result is out or function.fresh:
+                return result
+            # Before the shared memory that it may lie in is another block's.
+            if out is None:
+                return result.astype(job.dtype, copy=True)
+            out[...] = result
+            return out
+
+    def _bind(self, user: Any) -> Any:
+        spec = ship(user)
+        return user if spec is None else RemoteFunction(user, spec, self._calls)
+
+    def close(self, wait_s: float | None) -> bool:
+        """Turn away who waits, and end the processes; those that still compute are killed."""
+        self._workers.close(wait_s)
+        self.crew.close()
+        open_runners.discard(self)
+        return True
+
+    def abandon(self) -> None:
+        """Have processes of its own, since this one was forked."""
+        self._workers.begin_anew()
+
+    @property
+    def num_waiting(self) -> int:
+        """How many blocks wait for a worker."""
+        return self._workers.num_waiting
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are alive."""
+        return self._workers.pids
+
+
+def check_function(function: BlockFunction) -> None:
+    """Refuse what cannot be sent to another environment.
+
+    Raises
+    ------
+    TypeError
+        If a function of the user's cannot be.
+    """
+    function.bound(lambda user: (ship(user), user)[1])
+
+
+@dataclass
+class _Call:
+    """The block that a thread computes."""
+
+    workers: WorkerPool
+    job: BlockJob
+    plan: CellPlan
+    until_done: ExitStack
+    slot: Slot | None = None
+    """The one that was lent for this block."""
+
+
+class _Calls(threading.local):
+    """The blocks that a thread computes, one inside the other."""
+
+    def __init__(self) -> None:
+        self._stack: list[_Call] = []
+
+    @contextmanager
+    def of(self, workers: WorkerPool, job: BlockJob, plan: CellPlan) -> Iterator[None]:
+        """Compute a block."""
+        with ExitStack() as until_done:
+            self._stack.append(_Call(workers, job, plan, until_done))
+            try:
+                yield
+            finally:
+                self._stack.pop()
+
+    def latest(self) -> _Call:
+        """Return the innermost."""
+        return self._stack[-1]
+
+    def slot(self) -> Slot:
+        """Return a place in shared memory that is this block's until it is done."""
+        call = self.latest()
+        if call.slot is None:
+            call.slot = call.until_done.enter_context(call.workers.slot())
+            return call.slot
+        # What the block has already computed lies in the other one. To wait for a second might be
+        # to wait for oneself.
+        more = Slot()
+        call.until_done.callback(more.remove)
+        return more
+
+
+@dataclass(eq=False)
+class RemoteFunction:
+    """Stands for a function of the user's, and has a worker call it."""
+
+    user: Any
+    spec: dict[str, Any]
+    calls: _Calls
+    _room: int = field(default=0, init=False)
+    """So many bytes a result took for which there was no room."""
+
+    @property
+    def __name__(self) -> str:
+        from cellimg_dask.blocks.wrappers import function_name
+
+        return function_name(self.user)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns there."""
+        trip = _Trip(self, self.calls.slot(), args, kwargs)
+        call = self.calls.latest()
+        errand = Errand(
+            call.job.function.name,
+            call.plan,
+            self,
+            lambda: ({"spec": self.spec}, ()),
+            lambda: trip.request(self._first_guess(call)),
+            trip.more_room,
+        )
+        response, _ = call.workers.do(errand)
+        self._room = max(self._room, trip.room_wanted)
+        direct = isinstance(call.job.function, ArrayFunction) and (
+            call.job.function.function is self.user
+        )
+        return trip.result(response["outputs"], copy=not direct)
+
+    def _first_guess(self, call: _Call) -> int:
+        guess = 0 if call.job.dtype.hasobject else call.job.dtype.itemsize
+        return max(self._room, prod(call.plan.full_shape) * guess)
+
+
+class _Trip:
+    """The arguments of one call on their way, and the result on its way back."""
+
+    def __init__(
+        self, function: RemoteFunction, slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._slot = slot
+        self._segment: Segment | None = None
+        self._layout = Layout()
+        self._arrays: list[NDArray[Any]] = []
+        self._block: Block | None = None
+        self._data: Any = None
+        self.room_wanted = 0
+        """So many bytes the worker asked for."""
+        if len(args) == 1 and isinstance(args[0], Block):
+            self._block = args[0]
+            args, kwargs = self._block.inputs, dict(self._block.params)
+        self._content: Message = {
+            "args": [encode(value, self._place) for value in args],
+            "kwargs": {name: encode(value, self._place) for name, value in kwargs.items()},
+        }
+        if self._block is not None:
+            self._content["block"] = Outline.content(self._block)
+            # What it holds is all zeros, and made there.
+            data = self._block.data
+            self._data = self._content["data"] = self._layout.add(data.shape, data.dtype)
+        self._content["end"] = self._layout.end
+
+    def _place(self, array: NDArray[Any]) -> Any:
+        self._arrays.append(array)
+        return self._layout.add(array.shape, array.dtype, writable=array.flags.writeable)
+
+    def request(self, room: int) -> Parcel:
+        """Put the arrays where they belong, and return the request."""
+        segment = self._segment = self._slot.with_room(self._layout.end + room)
+        for place, array in zip(self._layout.places, self._arrays, strict=False):
+            array_at(segment, [*place[:3], 1])[...] = array
+        return {**self._content, "segment": segment.name}, ()
+
+    def more_room(self, question: Message) -> Message:
+        """Give the result more room."""
+        # The arguments stay there as long as the worker has them.
+        nbytes = int(question["nbytes"])
+        self.room_wanted = nbytes - self._layout.end
+        self._segment = self._slot.with_room(nbytes)
+        return {"segment": self._segment.name}
+
+    def result(self, outputs: Any, *, copy: bool) -> Any:
+        """Return what came back; arrays are views of shared memory, or copies."""
+        segment = self._segment
+        assert segment is not None
+
+        def fetch(place: Any) -> NDArray[Any]:
+            array = array_at(segment, place)
+            return array.copy() if copy else array
+
+        if self._block is not None:
+            self._block.data[...] = array_at(segment, self._data)
+        return decode(outputs, fetch)
+
+
