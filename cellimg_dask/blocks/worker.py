@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks import compiled
+from cellimg_dask.bare import compiled
+from cellimg_dask.bare.functions import bind
 from cellimg_dask.blocks.errors import InitError, describe
 from cellimg_dask.blocks.functions import BlockFunction, current_worker, working_as
 from cellimg_dask.blocks.plan import CellPlan, Planner
@@ -113,7 +113,7 @@ class Worker:
             return function
         bound = self._bound.get(function)
         if bound is None:
-            bound = function.bound(lambda user: _bind(user, self.namespace))
+            bound = function.bound(lambda user: bind(user, self.namespace))
             self._bound[function] = bound
         return bound
 
@@ -145,23 +145,3 @@ def check_init(init: object) -> None:
         raise TypeError(
             f"init must be code (str) or a callable without arguments, got {type(init).__name__}"
         )
-
-
-def _bind(user: Any, names: Mapping[str, Any]) -> Any:
-    """Return the function with the worker's names among its globals, if it uses any of them."""
-    if isinstance(user, functools.partial):
-        inner = _bind(user.func, names)
-        if inner is user.func:
-            return user
-        return functools.partial(inner, *user.args, **user.keywords)
-    if not isinstance(user, FunctionType) or not compiled.names(user.__code__) & names.keys():
-        return user
-    copy = FunctionType(
-        user.__code__,
-        {**user.__globals__, **names},
-        user.__name__,
-        user.__defaults__,
-        user.__closure__,
-    )
-    copy.__kwdefaults__ = user.__kwdefaults__
-    return functools.update_wrapper(copy, user)
