@@ -23,7 +23,7 @@ class Runner(Runtime):
 
     def __init__(self) -> None:
         self._functions = Functions()
-        self._known: dict[int, Callable[..., Any]] = {}
+        self._known: dict[int, tuple[Callable[..., Any], bool]] = {}
         self._segments = Segments()
 
     def do_init(self, request: Message, attached: list[bytes], server: Server) -> Reply:
@@ -33,7 +33,8 @@ class Runner(Runtime):
 
     def do_define(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Learn a function, which has a number from now on."""
-        self._known[request["function"]] = self._functions.load(request["spec"])
+        function = self._functions.load(request["spec"])
+        self._known[request["function"]] = function, wants_task(function)
         return {}, []
 
     def do_forget(self, request: Message, attached: list[bytes], server: Server) -> Reply:
@@ -44,7 +45,7 @@ class Runner(Runtime):
 
     def do_execute(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Call a function; arrays of the result are put into the segment, behind the others."""
-        function = self._known[request["function"]]
+        function, with_task = self._known[request["function"]]
         segment = self._segments.get(request["segment"])
 
         def fetch(place: Any) -> np.ndarray[Any, Any]:
@@ -58,7 +59,7 @@ class Runner(Runtime):
             data[...] = np.zeros((), data.dtype)
             args = [Block(Outline(request["block"]), data, tuple(args), kwargs)]
             kwargs = {}
-        if wants_task(function):
+        if with_task:
             kwargs["task"] = server.task()
         result = function(*args, **kwargs)
         return {"outputs": self._given_out(result, segment, request["end"], server)}, []

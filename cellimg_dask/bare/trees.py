@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +116,7 @@ def dtype_from(name: Any) -> np.dtype[Any]:
     """Return the dtype that `dtype_name` gave."""
     if isinstance(name, str):
         return np.dtype(name)
-    return cast("np.dtype[Any]", np.lib.format.descr_to_dtype(_as_descr(name)))
+    return np.lib.format.descr_to_dtype(_as_descr(name))
 
 
 def _as_descr(name: Any) -> Any:

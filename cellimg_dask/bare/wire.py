@@ -21,6 +21,8 @@ Message = dict[str, Any]
 
 _AT_ONCE = 1 << 16
 
+_as_text = json.JSONEncoder(separators=(",", ":")).encode
+
 
 class Wire:
     """Two descriptors, read and written without a buffer of Python's.
@@ -54,7 +56,7 @@ class Wire:
         """
         if attached:
             message = dict(message, attached=[len(part) for part in attached])
-        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        line = _as_text(message).encode() + b"\n"
         with self._sending:
             self._write(line)
             for part in attached:

@@ -20,7 +20,8 @@ from cellimg_dask.blocks.errors import (
     describe,
 )
 from cellimg_dask.blocks.plan import CellPlan
-from cellimg_dask.blocks.wrappers import bound_function, function_name
+from cellimg_dask.blocks.tasks import current_task
+from cellimg_dask.blocks.wrappers import bound_function, call, function_name
 from cellimg_dask.geometry import CellGrid, Roi
 
 __all__ = [
@@ -78,7 +79,7 @@ def _call(
 ) -> Any:
     """Run user code; whatever it raises becomes a `BlockError` that names the cell."""
     try:
-        return function(*args, **kwargs)
+        return call(function, *args, **kwargs)
     except CellimgError:
         # A failure of an image that the function itself reads, or of its init, named already.
         raise
@@ -291,12 +292,12 @@ class BlockCode:
         """Run the code on ``block``."""
         namespace = self._namespace()
         # The code may read an image that the same code fills, on this very thread.
-        outer = namespace.get("block")
-        namespace["block"] = block
+        outer = namespace.get("block"), namespace.get("task")
+        namespace["block"], namespace["task"] = block, current_task()
         try:
             exec(self._compiled, namespace)
         finally:
-            namespace["block"] = outer
+            namespace["block"], namespace["task"] = outer
 
     def _namespace(self) -> dict[str, Any]:
         worker = _thread.worker

@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import BuiltinFunctionType
 from typing import Any, Self
 
-__all__ = ["FunctionWrapper", "Wrapper", "bound_function", "function_name"]
+import numpy as np
+
+from cellimg_dask.bare.functions import wants_task
+from cellimg_dask.blocks.tasks import current_task
+
+__all__ = ["FunctionWrapper", "Wrapper", "bound_function", "call", "function_name"]
+
+_asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the user's; one that has a parameter ``task`` is given the task."""
+    if _asks_for_task(function) and "task" not in kwargs:
+        kwargs["task"] = current_task()
+    return function(*args, **kwargs)
+
+
+def _asks_for_task(function: Callable[..., Any]) -> bool:
+    if isinstance(function, (Wrapper, BuiltinFunctionType, np.ufunc)):
+        return False
+    try:
+        asks = _asking.get(function)
+        if asks is None:
+            asks = _asking[function] = wants_task(function)
+    except TypeError:
+        # Neither hashable nor weakly referenced.
+        asks = wants_task(function)
+    return asks
 
 
 def function_name(function: object) -> str:

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextvars import Context, copy_context
 from itertools import chain, count, islice
 from time import monotonic, perf_counter
@@ -28,7 +28,7 @@ from cellimg_dask.geometry import Roi, tiles
 from cellimg_dask.loading.crew import Crew, is_crew_thread
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.priorities import priority
-from cellimg_dask.loading.running import given_up
+from cellimg_dask.loading.running import given_up, wanted
 from cellimg_dask.state.flights import Flight, current_flight, inside
 
 __all__ = ["CellCounts", "Job", "JobState", "begin", "begin_with", "must_help"]
@@ -222,7 +222,24 @@ class _Run:
 
     def attempt(self, flight: Flight | None) -> tuple[NDArray[Any] | None, BaseException | None]:
         """Compute it as a part of a flight; return it, or the error."""
-        return self.context.run(_attempt, self.loader, self.index, self.bypass, flight)
+        queue = self.loader.queue
+        if queue is None or queue.blocks is None:
+            return self.context.run(_attempt, self.loader, self.index, self.bypass, flight)
+        self.context.run(wanted.set, self.is_wanted)
+        try:
+            while True:
+                value, error = self.context.run(
+                    _attempt, self.loader, self.index, self.bypass, flight
+                )
+                # It ended because nobody wanted it, and then somebody did.
+                if not (isinstance(error, CancelledError) and self.is_wanted()):
+                    return value, error
+        finally:
+            self.context.run(wanted.set, None)
+
+    def is_wanted(self) -> bool:
+        """Whether any of the jobs that want it is not over."""
+        return any(job.end is None for job in tuple(self.jobs))
 
 
 class Board:

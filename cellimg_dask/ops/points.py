@@ -12,7 +12,7 @@ import numpy as np
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
 from cellimg_dask.blocks.functions import BlockCode
-from cellimg_dask.blocks.wrappers import FunctionWrapper
+from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import Input, as_input
@@ -212,7 +212,7 @@ class _Finder(FunctionWrapper):
 
     def __call__(self, block: Block) -> Found:
         """Return the points of a cell."""
-        result = self.function(*block.inputs, **block.params)
+        result = call(self.function, *block.inputs, **block.params)
         roi = self.grid.roi(block.position)
         try:
             points, others = self.table.read(result)

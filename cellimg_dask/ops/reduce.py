@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
 from cellimg_dask.blocks.block import Block
-from cellimg_dask.blocks.wrappers import FunctionWrapper
+from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import CellGrid, HaloLike
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of
@@ -212,19 +212,19 @@ class OfArrays(FunctionWrapper):
     """Calls a function with the arrays of a block."""
 
     def __call__(self, block: Block) -> Any:
-        return self.function(*block.inputs, **block.params)
+        return call(self.function, *block.inputs, **block.params)
 
 
 class _OfNothing(FunctionWrapper):
     def __call__(self, block: Block) -> Any:
-        return self.function([])
+        return call(self.function, [])
 
 
 class _OfValues(FunctionWrapper):
     def __call__(self, block: Block) -> Any:
-        return self.function(list(block.inputs[0].flat))
+        return call(self.function, list(block.inputs[0].flat))
 
 
 class _OfOne(FunctionWrapper):
     def __call__(self, block: Block) -> Any:
-        return self.function(block.inputs[0].item())
+        return call(self.function, block.inputs[0].item())

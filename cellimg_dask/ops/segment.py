@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.wrappers import FunctionWrapper
+from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import HaloLike, as_ints
 from cellimg_dask.image.define import as_axes
 from cellimg_dask.image.input import as_input
@@ -209,7 +209,7 @@ class Segmenter(FunctionWrapper):
             assert self.holder is not None
             model = (self.holder.get(),)
         with self._turn():
-            result = self.function(*model, *blocks, **params)
+            result = call(self.function, *model, *blocks, **params)
         labels = np.asarray(result[0] if isinstance(result, tuple) else result)
         padded = tuple(n + more for n, more in zip(extents, missing, strict=True))
         if labels.size == np.prod(padded) and _without_ones(labels.shape) == _without_ones(padded):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.block import Block
-from cellimg_dask.blocks.wrappers import FunctionWrapper
+from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import (
     AxisSplit,
     CellGrid,
@@ -173,7 +173,7 @@ class _OfBlock(FunctionWrapper):
     """Calls the user's function with the arrays of a block."""
 
     def __call__(self, block: Block) -> Any:
-        result = self.function(*block.inputs, **block.params)
+        result = call(self.function, *block.inputs, **block.params)
         if isinstance(result, np.ndarray):
             # The input's memory is used again, or changes when the input does.
             shared = any(np.may_share_memory(result, array) for array in block.inputs)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
-from cellimg_dask.blocks.wrappers import FunctionWrapper
+from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import CellGrid, Halo, Roi
 from cellimg_dask.ops.linking import Down, Joined, Linking
 from cellimg_dask.ops.overlap import SideBySide
@@ -110,7 +110,7 @@ class FindObjects(FunctionWrapper):
         """Call the function, check what it returns, and write it."""
         position = block.position
         inside = self.layout.inside(position)
-        result = self.function(*block.inputs, **block.params)
+        result = call(self.function, *block.inputs, **block.params)
         if isinstance(result, tuple) and any(isinstance(part, np.ndarray) for part in result):
             self._refuse(
                 position,

@@ -11,6 +11,7 @@ from cellimg_dask.geometry import as_int
 from cellimg_dask.loading.crew import usable_cores
 from cellimg_dask.loading.running import BlockRunner, CellRunner
 from cellimg_dask.queues.here import Arrived
+from cellimg_dask.queues.rules import BlockUpdate, Rules
 from cellimg_dask.queues.threads import ThreadBlocks
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from cellimg_dask.queues.env_blocks import EnvBlocks
     from cellimg_dask.queues.environments import Env
     from cellimg_dask.queues.processes import ProcessBlocks
-    from cellimg_dask.queues.worker_pool import BlockUpdate
 
 __all__ = ["BlockQueue"]
 
@@ -41,11 +41,24 @@ class BlockQueue:
         callable without arguments. The names that code binds, that a callable declares
         ``global``, or that are in the mapping which it returns are seen by `BlockCode` and by
         plain functions that use them, and are in ``get_worker().namespace``.
-    backend : {"threads", "processes"}, distributed.Client, Cluster or address
-        Where blocks run: on threads; in processes of their own, which blocks reach by shared
-        memory; or on the workers of a dask cluster: a ``distributed.Client``, a cluster such as
-        ``LocalCluster``, ``SSHCluster`` or dask-jobqueue's ``SLURMCluster``, or the address of a
-        scheduler.
+    backend : {"threads", "processes"}, distributed.Client, Cluster or address, optional
+        Where blocks run: on threads (the default); in processes of their own, which blocks reach
+        by shared memory; or on the workers of a dask cluster: a ``distributed.Client``, a cluster
+        such as ``LocalCluster``, ``SSHCluster`` or dask-jobqueue's ``SLURMCluster``, or the
+        address of a scheduler.
+    env : Env, optional
+        Another Python, in which the user's functions and ``init`` run, in processes; see `Env`.
+        What else a block needs is done here, or on the workers of the cluster, each of which has
+        as many such processes as threads.
+    block_timeout_s : float, optional
+        With processes: how long a block may take. After that its process is killed and the block
+        is a `BlockTimeoutError`.
+    crash_retries : int
+        With processes: how often a block is tried again whose process died of it.
+    on_update : callable, optional
+        On this machine: is given a `BlockUpdate` for each ``task.update(...)`` of a function that
+        has a parameter named ``task``. It is called on the thread that computes the block or
+        waits for it; if it raises, that is logged.
     max_bytes : int, optional
         On a cluster: bound on the results that stay in the memory of its workers for later
         reads. Default: a quarter of that memory.
@@ -93,8 +106,12 @@ class BlockQueue:
         self,
         num_workers: int | None = None,
         init: Init = None,
-        backend: Any = "threads",
+        backend: Any = None,
         *,
+        env: Env | None = None,
+        block_timeout_s: float | None = None,
+        crash_retries: int = 2,
+        on_update: Callable[[BlockUpdate], None] | None = None,
         max_bytes: int | None = None,
         resources: Mapping[str, float] | None = None,
         timeout_s: float = 60.0,
@@ -105,10 +122,15 @@ class BlockQueue:
         self.init = init
         """What prepares each worker."""
         self._token: str | None = None
-        self._local: ThreadBlocks | ProcessBlocks | None = None
+        self._local: ThreadBlocks | ProcessBlocks | EnvBlocks | None = None
         self._cluster: ClusterCells | None = None
         if num_workers is not None:
             num_workers = as_int(num_workers, "num_workers", minimum=1)
+        rules = Rules(block_timeout_s, crash_retries, on_update)
+        if env is not None:
+            _check_env(env)
+        if backend is None:
+            backend = "threads" if env is None else "processes"
         if isinstance(backend, str) and "://" not in backend:
             if backend not in ("threads", "processes"):
                 raise ValueError(
@@ -123,11 +145,21 @@ class BlockQueue:
             self.backend = backend
             count = usable_cores() if num_workers is None else num_workers
             if backend == "threads":
-                self._local = ThreadBlocks(count, init)
-            else:
+                if env is not None:
+                    raise TypeError('another Python cannot run on threads: backend="processes"')
+                if block_timeout_s is not None:
+                    raise TypeError(
+                        'a thread cannot be killed: block_timeout_s needs backend="processes"'
+                    )
+                self._local = ThreadBlocks(count, init, rules)
+            elif env is None:
                 from cellimg_dask.queues.processes import ProcessBlocks
 
-                self._local = ProcessBlocks(count, init)
+                self._local = ProcessBlocks(count, init, rules)
+            else:
+                from cellimg_dask.queues.env_blocks import EnvBlocks
+
+                self._local = EnvBlocks(count, init, env, rules)
         else:
             from cellimg_dask.queues.cluster import ClusterCells
 
@@ -224,3 +256,12 @@ class BlockQueue:
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
         return f"BlockQueue({self.num_workers}, backend={self.backend!r}{state})"
+
+
+def _check_env(env: object) -> None:
+    from cellimg_dask.queues.environments import Env
+
+    if not isinstance(env, Env):
+        raise TypeError(
+            f"env must be an Env, got {type(env).__name__}; for instance Env.venv(path)"
+        )

@@ -22,12 +22,13 @@ from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init
 from cellimg_dask.loading.crew import Crew
+from cellimg_dask.queues.env_program import EnvProgram
 from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.here import open_runners
-from cellimg_dask.queues.programs import EnvProgram
+from cellimg_dask.queues.rules import Rules
 from cellimg_dask.queues.shipping import ship
 from cellimg_dask.queues.slots import Slot
-from cellimg_dask.queues.worker_pool import Errand, Parcel, Rules, WorkerPool
+from cellimg_dask.queues.worker_pool import Errand, Parcel, WorkerPool
 
 __all__ = ["EnvBlocks", "check_function"]
 
@@ -270,5 +271,3 @@ class _Trip:
         if self._block is not None:
             self._block.data[...] = array_at(segment, self._data)
         return decode(outputs, fetch)
-
-

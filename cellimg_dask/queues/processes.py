@@ -15,9 +15,10 @@ from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init
 from cellimg_dask.loading.crew import Crew
 from cellimg_dask.queues.here import Entry, open_runners
-from cellimg_dask.queues.programs import PickledProgram
+from cellimg_dask.queues.pickled_program import PickledProgram
+from cellimg_dask.queues.rules import Rules
 from cellimg_dask.queues.slots import Slot
-from cellimg_dask.queues.worker_pool import Errand, Parcel, Rules, WorkerPool
+from cellimg_dask.queues.worker_pool import Errand, Parcel, WorkerPool
 
 __all__ = ["ProcessBlocks"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 from cellimg_dask.bare.wire import Message, Wire
 from cellimg_dask.blocks.errors import InitError
@@ -301,7 +301,7 @@ class _Stderr:
             return
         source, sink = os.pipe()
         try:
-            # Others may hold the far end when the process has ended, so there is no end to wait for.
+            # Others may hold the far end when the process has ended: then there is no end there.
             awakened, self._wake = os.pipe()
             self._last = b""
             self._reader = threading.Thread(

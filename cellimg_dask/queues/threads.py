@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.functions import current_worker
 from cellimg_dask.blocks.plan import CellPlan
+from cellimg_dask.blocks.tasks import doing
 from cellimg_dask.blocks.worker import BlockJob, Init, Worker
 from cellimg_dask.loading.crew import Crew
 from cellimg_dask.queues.here import Entry, open_runners
 from cellimg_dask.queues.pool import Pool
+from cellimg_dask.queues.rules import Rules
 from cellimg_dask.state.flights import current_flight, inside
 
 __all__ = ["ThreadBlocks"]
@@ -30,6 +32,8 @@ class ThreadBlocks:
         Number of threads.
     init : str or callable or None
         Run on each of them first.
+    rules : Rules
+        Who hears of them.
 
     Raises
     ------
@@ -39,8 +43,9 @@ class ThreadBlocks:
 
     copies = False
 
-    def __init__(self, num_workers: int, init: Init) -> None:
+    def __init__(self, num_workers: int, init: Init, rules: Rules) -> None:
         self._init = init
+        self._rules = rules
         self._threads = [_WorkerThread(number) for number in range(num_workers)]
         self._pool = Pool(self._threads)
         self.crew = Crew(num_workers)
@@ -77,10 +82,11 @@ class ThreadBlocks:
         with ExitStack() as until_done:
             thread = until_done.enter_context(self._pool.lend())
             worker, flight = self._workers[thread], current_flight()
+            task = self._rules.task(job.function.name, plan.position)
 
             def work() -> Any:
                 # A part of the same computation, so that a block that needs itself is found.
-                with inside(flight):
+                with inside(flight), doing(task):
                     return worker.apply(job, plan, inputs, out)
 
             call = thread.begin(work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.errors import (
@@ -24,6 +23,7 @@ from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.loading.priorities import INTERACTIVE, priority
 from cellimg_dask.loading.running import wanted
 from cellimg_dask.queues.pool import Pool
+from cellimg_dask.queues.rules import Rules
 from cellimg_dask.queues.service import (
     CancelledTaskError,
     DiedError,
@@ -33,63 +33,10 @@ from cellimg_dask.queues.service import (
 )
 from cellimg_dask.queues.slots import Slot
 
-__all__ = ["BlockUpdate", "Errand", "Parcel", "Rules", "WorkerPool"]
-
-_log = logging.getLogger("cellimg_dask")
+__all__ = ["Errand", "Parcel", "WorkerPool"]
 
 Parcel: TypeAlias = tuple[Message, tuple[bytes, ...]]
 """A request, and what goes with it."""
-
-
-@dataclass(frozen=True)
-class BlockUpdate:
-    """What a block says of how far it is, by ``task.update``."""
-
-    function: str
-    """Name of the block function."""
-    position: tuple[int, ...]
-    """Position of the cell in its grid."""
-    message: str | None = None
-    """For people."""
-    current: float | None = None
-    """So much is done."""
-    maximum: float | None = None
-    """Of so much."""
-    info: dict[str, Any] | None = None
-    """Anything else."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What workers of a queue are allowed."""
-
-    block_timeout_s: float | None = None
-    """How long a block may take."""
-    crash_retries: int = 2
-    """How often a block is given to a new worker because the one before died of it."""
-    on_update: Callable[[BlockUpdate], None] | None = None
-    """Told of what blocks say."""
-
-    def teller(self, function: str, position: tuple[int, ...]) -> Callable[[Message], None] | None:
-        """Return what takes the updates of a block."""
-        listener = self.on_update
-        if listener is None:
-            return None
-
-        def tell(said: Message) -> None:
-            update = BlockUpdate(
-                function,
-                position,
-                **{
-                    name: said.get(name) for name in ("message", "current", "maximum", "info")
-                },
-            )
-            try:
-                listener(update)
-            except Exception:
-                _log.exception("on_update failed for %s; the block goes on", update)
-
-        return tell
 
 
 @dataclass(frozen=True)

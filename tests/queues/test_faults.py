@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -18,11 +17,11 @@ import numpy as np
 import pytest
 
 import cellimg_dask as ci
+from cellimg_dask.bare.places import Segments
+from cellimg_dask.bare.segments import Segment
+from cellimg_dask.bare.wire import Wire
 from cellimg_dask.loading.crew import Crew
-from cellimg_dask.queues.channel import Channel
 from cellimg_dask.queues.pool import Pool
-from cellimg_dask.queues.process_worker import _Server
-from cellimg_dask.state.segments import create_segment, is_removed, remove_segment
 
 Make = Callable[..., ci.BlockQueue]
 Begin = Callable[..., Future[Any]]
@@ -124,13 +123,13 @@ def test_a_late_reply_is_not_taken_for_another_blocks(
     image = numbers(queue)
     image[0]
 
-    def interrupted(channel: Channel) -> None:
+    def interrupted(wire: Wire, wait_s: float | None = None) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         # As if the signal that kills the worker took its time.
         patch.setattr(subprocess.Popen, "kill", lambda process: None)
-        patch.setattr(Channel, "receive", interrupted)
+        patch.setattr(Wire, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             image[1]
     np.testing.assert_array_equal(image[...], range(4))
@@ -152,11 +151,11 @@ def test_a_segment_that_an_interrupted_worker_may_still_write_to_is_not_used_aga
     before = segments()
     image.invalidate()
 
-    def interrupted(channel: Channel) -> None:
+    def interrupted(wire: Wire, wait_s: float | None = None) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Channel, "receive", interrupted)
+        patch.setattr(Wire, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             image[1]
     left = set(footprint()["segments"])
@@ -177,28 +176,6 @@ def test_callers_do_not_take_more_segments_than_workers_need(
     assert len(set(footprint()["segments"]) - before) <= 4
     gate.open()
     assert [int(read.result(PATIENCE_S)[0]) for read in reads] == list(range(12))
-
-
-def test_a_segment_is_removed_where_making_it_is_interrupted(
-    monkeypatch: pytest.MonkeyPatch, footprint: Callable[[], dict[str, Any]]
-) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "posix_fallocate", interrupted)
-    before = footprint()
-    with pytest.raises(KeyboardInterrupt):
-        create_segment(1000)
-    assert footprint() == before
-
-
-def test_a_limit_of_the_process_is_want_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any) -> None:
-        raise OSError(errno.EFBIG, "File too large")
-
-    monkeypatch.setattr(os, "posix_fallocate", refused)
-    with pytest.raises(MemoryError, match="no room for 1,000 bytes"):
-        create_segment(1000)
 
 
 def test_a_crew_ends_threads_that_it_has_lost_count_of(begin: Begin) -> None:
@@ -480,15 +457,15 @@ def test_a_block_that_reads_its_own_cell_is_a_cycle(make_queue: Make, in_time: A
 
 
 def test_a_worker_process_lets_go_of_segments_that_are_gone() -> None:
-    server = _Server()
-    segments = [create_segment(100) for _ in range(3)]
-    for slot, segment in enumerate(segments[:2]):
-        server._segment(slot, segment.name)
-    remove_segment(segments[1])
-    assert is_removed(server._segments[1])
-    assert not is_removed(server._segments[0])
-    server._segment(0, segments[2].name)
-    assert {slot: s.name for slot, s in server._segments.items()} == {0: segments[2].name}
-    for segment in (segments[0], segments[2]):
-        remove_segment(segment)
-    server._segments.pop(0).close()
+    segments = [Segment.create(None, 100) for _ in range(3)]
+    attached = Segments()
+    for segment in segments[:2]:
+        assert attached.get(segment.name).name == segment.name
+    segments[0].unlink()
+    assert attached.get(segments[1].name) is attached.get(segments[1].name)
+    assert len(attached) == 2
+    attached.get(segments[2].name)
+    assert len(attached) == 2
+    for segment in segments:
+        segment.unlink()
+        segment.close()

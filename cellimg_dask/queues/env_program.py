@@ -1,15 +1,11 @@
-"""What worker processes are: Pythons that know this package, or Pythons of other environments."""
+"""Worker processes that are the Python of another environment."""
 
 from __future__ import annotations
 
 import builtins
-import pickle
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import cloudpickle
 
 from cellimg_dask import bare
 from cellimg_dask.bare.wire import Message
@@ -18,13 +14,7 @@ from cellimg_dask.blocks.worker import Init
 from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.shipping import ship_init
 
-__all__ = ["EnvProgram", "PickledProgram"]
-
-# Modules are found where this process finds them.
-_PICKLED = (
-    "import sys; sys.path[:] = sys.argv[1:]; "
-    "from cellimg_dask.queues.process_worker import main; main()"
-)
+__all__ = ["EnvProgram"]
 
 # The folder is a package by a name of its own: the environment may have another version of this
 # one. Modules in the working directory must not stand before those of the environment.
@@ -34,51 +24,6 @@ _BARE = (
     "sys.modules['cellimg_worker'] = package; "
     "from cellimg_worker.runner import main; main()"
 )
-
-
-class PickledProgram:
-    """This Python, with this package: functions and blocks travel pickled.
-
-    Raises
-    ------
-    InitError
-        If ``init`` cannot be pickled.
-    """
-
-    advice = "define it in a module that can be imported there, or use BlockCode"
-
-    def __init__(self, init: Init) -> None:
-        try:
-            self._init: bytes = cloudpickle.dumps(init)
-        except Exception as error:
-            raise InitError(f"init cannot be sent to a process: {error}") from error
-
-    def command(self) -> list[str]:
-        """Return what starts Python as this process was started; see `Program`."""
-        optimize = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []
-        warnings = [f"-W{option}" for option in sys.warnoptions]
-        # Only text is looked at by Python itself.
-        paths = [path for path in sys.path if isinstance(path, str)]
-        return [sys.executable, *optimize, *warnings, "-c", _PICKLED, *paths]
-
-    def variables(self) -> Mapping[str, str] | None:
-        """Return None: those of this process; see `Program`."""
-        return None
-
-    def greeting(self) -> tuple[Message, tuple[bytes, ...]]:
-        """Return the first request; see `Program`."""
-        return {"requestType": "INIT"}, (self._init,)
-
-    def error(self, response: Message, attached: list[bytes], asked: str) -> BaseException:
-        """Return an error as it was raised; see `Program`."""
-        text = response["error"]
-        try:
-            error: BaseException = pickle.loads(attached[0])
-        except (Exception, SystemExit):
-            # Its class is known there only, or cannot be made anew.
-            return CellimgError(f"in the worker process:\n{text}")
-        error.add_note(f"In the worker process:\n{text}")
-        return error
 
 
 class EnvProgram:
@@ -121,7 +66,7 @@ class EnvProgram:
         kind, message, text = response["kind"], response["message"], response["error"]
         error: BaseException
         known: Any = getattr(builtins, kind, None)
-        if asked == "INIT":
+        if asked == "INIT" or kind == "InitError":
             error = InitError(message)
         elif asked == "DEFINE":
             error = CellimgError(f"{kind}: {message}")
