@@ -48,6 +48,7 @@ from numpy.typing import NDArray
 from cellimg_dask.bare import compiled
 from cellimg_dask.blocks.errors import CellimgError
 from cellimg_dask.blocks.functions import BlockCode
+from cellimg_dask.blocks.wrappers import Shipped
 
 __all__ = ["NoContentError", "array_content", "digest", "dtype_content", "value_content"]
 
@@ -151,6 +152,8 @@ class _Contents:
             return self._block_code(value, name)
         if kind is CodeType:
             return self._code(value, name)
+        if kind is Shipped:
+            return self.of(value.user, name)
         if kind is functools.partial:
             given = self.of([value.args, value.keywords], f"the arguments of {name}")
             return ["partial", self.of(value.func, name), given]

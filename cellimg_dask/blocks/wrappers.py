@@ -7,14 +7,14 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
 from cellimg_dask.bare.functions import wants_task
 from cellimg_dask.blocks.tasks import current_task
 
-__all__ = ["FunctionWrapper", "Wrapper", "bound_function", "call", "function_name"]
+__all__ = ["FunctionWrapper", "Shipped", "Wrapper", "bound_function", "call", "function_name"]
 
 _asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
@@ -74,3 +74,23 @@ class FunctionWrapper(Wrapper):
 def bound_function(function: Any, bind: Callable[[Any], Any]) -> Any:
     """Bind a function, or those that a wrapper calls."""
     return function.bound(bind) if isinstance(function, Wrapper) else bind(function)
+
+
+@dataclass(frozen=True, eq=False)
+class Shipped:
+    """A function of the user's that runs in another environment, and nowhere else."""
+
+    user: Any
+    """The function, in the process that defined the image; else None."""
+    spec: dict[str, Any]
+    """Its description, which may be sent anywhere."""
+    __name__: str
+    """How messages call it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to run here."""
+        raise RuntimeError(f"{self.__name__} runs in the environment of its queue only")
+
+    def __reduce__(self) -> tuple[Callable[..., Shipped], tuple[Any, ...]]:
+        # Where the image arrives, the function may not be importable at all.
+        return Shipped, (None, self.spec, self.__name__)

@@ -306,6 +306,7 @@ def make_image(
             )
         if queue.closed:
             raise QueueClosedError("the queue is closed; make a new BlockQueue")
+        function = queue.ready(function)
     # Decoded chunks need room even where cells are not kept.
     chunks = get_cache() if cache is None else keep
     if version is not None and not isinstance(version, str):

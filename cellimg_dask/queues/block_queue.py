@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cellimg_dask.blocks.functions import BlockFunction
 from cellimg_dask.blocks.worker import Init, check_init
 from cellimg_dask.geometry import as_int
 from cellimg_dask.loading.crew import usable_cores
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from cellimg_dask.queues.cluster import ClusterCells
     from cellimg_dask.queues.env_blocks import EnvBlocks
+    from cellimg_dask.queues.env_here import ArrivedEnv
     from cellimg_dask.queues.environments import Env
     from cellimg_dask.queues.processes import ProcessBlocks
 
@@ -126,9 +129,15 @@ class BlockQueue:
         self._cluster: ClusterCells | None = None
         if num_workers is not None:
             num_workers = as_int(num_workers, "num_workers", minimum=1)
-        rules = Rules(block_timeout_s, crash_retries, on_update)
+        self.env = env
+        """The environment in which the user's functions run; None: that of the package."""
+        self._rules = Rules(block_timeout_s, crash_retries, on_update)
+        self._shipped_init: dict[str, Any] | None = None
         if env is not None:
             _check_env(env)
+            from cellimg_dask.queues.shipping import ship_init
+
+            self._shipped_init = ship_init(init)
         if backend is None:
             backend = "threads" if env is None else "processes"
         if isinstance(backend, str) and "://" not in backend:
@@ -144,29 +153,16 @@ class BlockQueue:
                     )
             self.backend = backend
             count = usable_cores() if num_workers is None else num_workers
-            if backend == "threads":
-                if env is not None:
-                    raise TypeError('another Python cannot run on threads: backend="processes"')
-                if block_timeout_s is not None:
-                    raise TypeError(
-                        'a thread cannot be killed: block_timeout_s needs backend="processes"'
-                    )
-                self._local = ThreadBlocks(count, init, rules)
-            elif env is None:
-                from cellimg_dask.queues.processes import ProcessBlocks
-
-                self._local = ProcessBlocks(count, init, rules)
-            else:
-                from cellimg_dask.queues.env_blocks import EnvBlocks
-
-                self._local = EnvBlocks(count, init, env, rules)
+            self._local = self._open(backend, count)
         else:
             from cellimg_dask.queues.cluster import ClusterCells
 
+            if env is None and block_timeout_s is not None:
+                raise TypeError("block_timeout_s is for processes; a cluster's blocks have none")
             self.backend = "distributed"
             self._cluster = ClusterCells(
                 backend,
-                Arrived(self.token, init),
+                self._arrived(),
                 num_workers=num_workers or 1,
                 max_bytes=max_bytes,
                 resources=resources,
@@ -176,6 +172,24 @@ class BlockQueue:
             count = self._cluster.num_workers
         self._num_workers = count
         self._closed = False
+
+    def _open(self, backend: str, count: int) -> ThreadBlocks | ProcessBlocks | EnvBlocks:
+        """Return workers on this machine."""
+        if backend == "threads":
+            if self.env is not None:
+                raise TypeError('another Python cannot run on threads: backend="processes"')
+            if self._rules.block_timeout_s is not None:
+                raise TypeError(
+                    'a thread cannot be killed: block_timeout_s needs backend="processes"'
+                )
+            return ThreadBlocks(count, self.init, self._rules)
+        if self.env is None:
+            from cellimg_dask.queues.processes import ProcessBlocks
+
+            return ProcessBlocks(count, self.init, self._rules)
+        from cellimg_dask.queues.env_blocks import EnvBlocks
+
+        return EnvBlocks(count, self._shipped_init, self.env, self._rules)
 
     @property
     def num_workers(self) -> int:
@@ -203,8 +217,34 @@ class BlockQueue:
         if self._token is None:
             from dask.base import tokenize
 
-            self._token = tokenize("BlockQueue", self.init)
+            # Functions of another environment may do something else.
+            where = () if self.env is None else (self.env.token,)
+            self._token = tokenize("BlockQueue", self.init, *where)
         return self._token
+
+    def ready(self, function: BlockFunction) -> BlockFunction:
+        """Return a block function as this queue can run it.
+
+        Raises
+        ------
+        TypeError
+            If it cannot be sent to the environment of this queue.
+        """
+        if self.env is None:
+            return function
+        from cellimg_dask.queues.env_blocks import shipped
+
+        return shipped(function)
+
+    def _arrived(self) -> Arrived | ArrivedEnv:
+        """Return what becomes of the queue in another process."""
+        if self.env is None:
+            return Arrived(self.token, self.init)
+        from cellimg_dask.queues.env_here import ArrivedEnv
+
+        # What is said there would have to come back.
+        rules = replace(self._rules, on_update=None)
+        return ArrivedEnv(self.token, self._shipped_init, self.env, rules)
 
     def close(self, wait_s: float | None = None) -> None:
         """End the workers; a block that still waits for one gets a `QueueClosedError`.
@@ -251,11 +291,15 @@ class BlockQueue:
                 self.close(0 if self.backend == "processes" else None)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Arrived(self.token, self.init).__reduce__()
+        arrived = self._arrived()
+        if isinstance(arrived, Arrived):
+            return arrived.__reduce__()
+        return type(arrived), (arrived.token, self._shipped_init, self.env, arrived.rules)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
-        return f"BlockQueue({self.num_workers}, backend={self.backend!r}{state})"
+        env = "" if self.env is None else f", env={self.env!r}"
+        return f"BlockQueue({self.num_workers}, backend={self.backend!r}{env}{state})"
 
 
 def _check_env(env: object) -> None:

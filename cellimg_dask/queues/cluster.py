@@ -44,6 +44,7 @@ from cellimg_dask.queues.batches import (
     without_error,
 )
 from cellimg_dask.queues.connect import connect, is_local
+from cellimg_dask.queues.env_here import ArrivedEnv, Services
 from cellimg_dask.queues.held import Held, Taken, handle, is_dead, release
 from cellimg_dask.queues.here import Arrived
 from cellimg_dask.queues.requests import Batch, Image, Other, Portion, Request, release_all
@@ -86,7 +87,7 @@ class ClusterCells:
     ----------
     backend : distributed.Client, Cluster or address
         The cluster.
-    arrived : Arrived
+    arrived : Arrived or ArrivedEnv
         The queue, as it arrives on a worker.
     num_workers : int
         How many workers to wait for.
@@ -101,7 +102,7 @@ class ClusterCells:
     def __init__(
         self,
         backend: Any,
-        arrived: Arrived,
+        arrived: Arrived | ArrivedEnv,
         *,
         num_workers: int,
         max_bytes: int | None,
@@ -114,6 +115,7 @@ class ClusterCells:
         self._timeout_s = _checked_timeout(timeout_s)
         self.resources = _checked_resources(resources)
         self._closed = False
+        self._services: Services | None = None
         # By the shelf, which all editions of an image share, and by an old edition's loader.
         self._images: weakref.WeakKeyDictionary[object, Image] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -131,6 +133,10 @@ class ClusterCells:
                 ]
                 max_bytes = sum(limits) // 4
             self.held = Held(max_bytes)
+            if isinstance(arrived, ArrivedEnv):
+                # Ends the processes that workers start, and keeps count of those who need them.
+                self._services = Services(arrived.token)
+                self.client.register_plugin(self._services)
             self._prepare(arrived)
         except BaseException:
             if self._own_client:
@@ -170,7 +176,7 @@ class ClusterCells:
                 )
             sleep(_LOOK_FOR_WORKERS_EVERY_S)
 
-    def _prepare(self, arrived: Arrived) -> None:
+    def _prepare(self, arrived: Arrived | ArrivedEnv) -> None:
         """Run ``init`` on all workers now; on those that come later their first task does it."""
         try:
             packed = cloudpickle.dumps(arrived)
@@ -321,6 +327,8 @@ class ClusterCells:
                 release(image.definition)
                 image.definition = []
         self.held.close()
+        if self._services is not None and self.client.status == "running":
+            self.client.unregister_worker_plugin(self._services.name)
         if self._own_client:
             self.client.close()
 
@@ -801,7 +809,7 @@ def _forget_image(held: Held, image: Image) -> None:
 
 
 def _prepare_worker(packed: bytes) -> None:
-    arrived: Arrived = pickle.loads(packed)
+    arrived: Arrived | ArrivedEnv = pickle.loads(packed)
     arrived.worker(again=True)
 
 

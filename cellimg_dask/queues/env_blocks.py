@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -20,7 +20,8 @@ from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
 from cellimg_dask.blocks.plan import CellPlan
-from cellimg_dask.blocks.worker import BlockJob, Init
+from cellimg_dask.blocks.worker import BlockJob
+from cellimg_dask.blocks.wrappers import Shipped, function_name
 from cellimg_dask.loading.crew import Crew
 from cellimg_dask.queues.env_program import EnvProgram
 from cellimg_dask.queues.environments import Env
@@ -30,7 +31,7 @@ from cellimg_dask.queues.shipping import ship
 from cellimg_dask.queues.slots import Slot
 from cellimg_dask.queues.worker_pool import Errand, Parcel, WorkerPool
 
-__all__ = ["EnvBlocks", "check_function"]
+__all__ = ["EnvBlocks", "shipped"]
 
 
 class EnvBlocks:
@@ -43,8 +44,8 @@ class EnvBlocks:
     ----------
     num_workers : int
         Number of processes.
-    init : str or callable or None
-        Run in each of them first.
+    init : dict or None
+        Description of what runs in each of them first.
     env : Env
         The environment.
     rules : Rules
@@ -54,13 +55,13 @@ class EnvBlocks:
     ------
     InitError
         If ``init`` raises in any of them.
-    TypeError
-        If ``init`` cannot be sent there.
     """
 
     copies = True
 
-    def __init__(self, num_workers: int, init: Init, env: Env, rules: Rules) -> None:
+    def __init__(
+        self, num_workers: int, init: Mapping[str, Any] | None, env: Env, rules: Rules
+    ) -> None:
         self._bound: weakref.WeakKeyDictionary[BlockJob, BlockFunction] = (
             weakref.WeakKeyDictionary()
         )
@@ -80,7 +81,7 @@ class EnvBlocks:
         function = self._bound.get(job)
         if function is None:
             function = self._bound[job] = job.function.bound(self._bind)
-        with self._calls.of(self._workers, job, plan):
+        with self._calls.of(self._workers, function, job, plan):
             result = function.apply(plan, inputs, job.params, job.dtype, out)
             if result is out or function.fresh:
                 return result
@@ -91,8 +92,7 @@ class EnvBlocks:
             return out
 
     def _bind(self, user: Any) -> Any:
-        spec = ship(user)
-        return user if spec is None else RemoteFunction(user, spec, self._calls)
+        return RemoteFunction(user, self._calls) if isinstance(user, Shipped) else user
 
     def close(self, wait_s: float | None) -> bool:
         """Turn away who waits, and end the processes; those that still compute are killed."""
@@ -116,15 +116,20 @@ class EnvBlocks:
         return self._workers.pids
 
 
-def check_function(function: BlockFunction) -> None:
-    """Refuse what cannot be sent to another environment.
+def shipped(function: BlockFunction) -> BlockFunction:
+    """Return a block function whose user's functions can be sent to another environment.
 
     Raises
     ------
     TypeError
-        If a function of the user's cannot be.
+        If one of them cannot be.
     """
-    function.bound(lambda user: (ship(user), user)[1])
+
+    def pack(user: Any) -> Any:
+        spec = None if isinstance(user, Shipped) else ship(user)
+        return user if spec is None else Shipped(user, spec, function_name(user))
+
+    return function.bound(pack)
 
 
 @dataclass
@@ -132,6 +137,7 @@ class _Call:
     """The block that a thread computes."""
 
     workers: WorkerPool
+    function: BlockFunction
     job: BlockJob
     plan: CellPlan
     until_done: ExitStack
@@ -146,10 +152,12 @@ class _Calls(threading.local):
         self._stack: list[_Call] = []
 
     @contextmanager
-    def of(self, workers: WorkerPool, job: BlockJob, plan: CellPlan) -> Iterator[None]:
+    def of(
+        self, workers: WorkerPool, function: BlockFunction, job: BlockJob, plan: CellPlan
+    ) -> Iterator[None]:
         """Compute a block."""
         with ExitStack() as until_done:
-            self._stack.append(_Call(workers, job, plan, until_done))
+            self._stack.append(_Call(workers, function, job, plan, until_done))
             try:
                 yield
             finally:
@@ -176,17 +184,14 @@ class _Calls(threading.local):
 class RemoteFunction:
     """Stands for a function of the user's, and has a worker call it."""
 
-    user: Any
-    spec: dict[str, Any]
+    user: Shipped
     calls: _Calls
     _room: int = field(default=0, init=False)
     """So many bytes a result took for which there was no room."""
 
     @property
     def __name__(self) -> str:
-        from cellimg_dask.blocks.wrappers import function_name
-
-        return function_name(self.user)
+        return self.user.__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function returns there."""
@@ -196,15 +201,14 @@ class RemoteFunction:
             call.job.function.name,
             call.plan,
             self,
-            lambda: ({"spec": self.spec}, ()),
+            lambda: ({"spec": self.user.spec}, ()),
             lambda: trip.request(self._first_guess(call)),
             trip.more_room,
         )
         response, _ = call.workers.do(errand)
         self._room = max(self._room, trip.room_wanted)
-        direct = isinstance(call.job.function, ArrayFunction) and (
-            call.job.function.function is self.user
-        )
+        # What nobody else handles is copied once, to where it belongs.
+        direct = isinstance(call.function, ArrayFunction) and call.function.function is self
         return trip.result(response["outputs"], copy=not direct)
 
     def _first_guess(self, call: _Call) -> int:

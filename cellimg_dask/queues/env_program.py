@@ -10,9 +10,7 @@ from typing import Any
 from cellimg_dask import bare
 from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.errors import CellimgError, InitError
-from cellimg_dask.blocks.worker import Init
 from cellimg_dask.queues.environments import Env
-from cellimg_dask.queues.shipping import ship_init
 
 __all__ = ["EnvProgram"]
 
@@ -33,20 +31,15 @@ class EnvProgram:
     ----------
     env : Env
         The environment.
-    init : str or callable or None
-        Runs in it first.
-
-    Raises
-    ------
-    TypeError
-        If ``init`` cannot be sent there.
+    init : dict or None
+        Description of what runs in it first.
     """
 
     advice = "install what it needs in that environment, or name a function that is there"
 
-    def __init__(self, env: Env, init: Init) -> None:
+    def __init__(self, env: Env, init: Mapping[str, Any] | None) -> None:
         self.env = env
-        self._init = ship_init(init)
+        self._init = init
 
     def command(self) -> list[str]:
         """Return what starts the environment's Python; see `Program`."""

@@ -22,7 +22,7 @@ _PICKLED = (
 
 
 class PickledProgram:
-    """This Python, with this package: functions and blocks travel pickled.
+    """The same Python, with this package: functions and blocks travel pickled.
 
     Raises
     ------

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
+from math import inf
 from time import monotonic
 from typing import Protocol
 
@@ -178,11 +179,19 @@ class Service:
         number = next(self._numbers)
         # What a process sends after this was interrupted must not be taken for another reply.
         self._in_step = False
-        deadline = None if timeout_s is None else monotonic() + timeout_s
+        patience = _Patience(timeout_s, wanted)
         try:
             self._wire.send({**request, "task": number}, *attached)
             while True:
-                response, parts = self._wait(number, deadline, wanted)
+                received = self._wire.receive(patience.wait_s())
+                if patience.is_over():
+                    self.kill()
+                    raise LateError
+                if patience.wants_no_more():
+                    self._wire.send({"requestType": "CANCEL", "task": number})
+                if received is None:
+                    continue
+                response, parts = received
                 kind = response["responseType"]
                 if kind == "UPDATE":
                     if on_update is not None:
@@ -204,24 +213,6 @@ class Service:
         if kind == "FAILURE":
             raise self._program.error(response, parts, request["requestType"])
         return response, parts
-
-    def _wait(
-        self, number: int, deadline: float | None, wanted: Callable[[], bool] | None
-    ) -> tuple[Message, list[bytes]]:
-        assert self._wire is not None
-        while True:
-            left = None if deadline is None else max(0.0, deadline - monotonic())
-            if wanted is not None:
-                left = _LOOK_S if left is None else min(left, _LOOK_S)
-            received = self._wire.receive(left)
-            if received is not None:
-                return received
-            if deadline is not None and monotonic() >= deadline:
-                self.kill()
-                raise LateError
-            if wanted is not None and not wanted():
-                self._wire.send({"requestType": "CANCEL", "task": number})
-                wanted = None
 
     def _how_it_ended(self) -> DiedError:
         assert self._process is not None
@@ -274,6 +265,43 @@ class Service:
                 process.kill()
                 process.wait()
         self._stderr.close()
+
+
+class _Patience:
+    """How long to wait for a response, and whether it is still wanted.
+
+    Parameters
+    ----------
+    timeout_s : float or None
+        How long a response may take.
+    wanted : callable or None
+        Whether somebody wants it.
+    """
+
+    def __init__(self, timeout_s: float | None, wanted: Callable[[], bool] | None) -> None:
+        self._end = inf if timeout_s is None else monotonic() + timeout_s
+        self._wanted = wanted
+        self._next_look = inf if wanted is None else monotonic() + _LOOK_S
+
+    def wait_s(self) -> float | None:
+        """Return how long to wait for the next message; None: as long as it takes."""
+        until = min(self._end, self._next_look)
+        return None if until == inf else max(0.0, until - monotonic())
+
+    def is_over(self) -> bool:
+        """Whether it took too long."""
+        return self._end != inf and monotonic() >= self._end
+
+    def wants_no_more(self) -> bool:
+        """Whether nobody wants the response any more; says so once."""
+        if self._wanted is None or monotonic() < self._next_look:
+            return False
+        if self._wanted():
+            self._next_look = monotonic() + _LOOK_S
+            return False
+        self._wanted = None
+        self._next_look = inf
+        return True
 
 
 def _ending(code: int) -> str:

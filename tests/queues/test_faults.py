@@ -422,9 +422,10 @@ def test_what_a_block_prints_before_a_crash_is_seen(
         print("dust on the lens")
         os._exit(1)
 
-    queue = make_queue(1)
-    with pytest.raises(ci.WorkerDiedError):
+    queue = make_queue(1, crash_retries=0)
+    with pytest.raises(ci.WorkerDiedError, match="dust on the lens") as caught:
         numbers(queue, 1, crash)[...]
+    assert (caught.value.exit_code, caught.value.stderr) == (1, "dust on the lens")
     out, err = capfd.readouterr()
     assert (out, err) == ("", "dust on the lens\n")
 

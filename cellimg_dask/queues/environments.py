@@ -1,0 +1,16 @@
+"""Stub."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Env:
+    python: str
+    token: str = ""
+
+    def command(self):
+        return [self.python]
+
+    def variables(self):
+        return {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
