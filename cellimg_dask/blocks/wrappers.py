@@ -14,7 +14,7 @@ import numpy as np
 from cellimg_dask.bare.functions import wants_task
 from cellimg_dask.blocks.tasks import current_task
 
-__all__ = ["FunctionWrapper", "Shipped", "Wrapper", "bound_function", "call", "function_name"]
+__all__ = ["FunctionWrapper", "ModelFunction", "Shipped", "Wrapper", "bound_function", "call", "function_name"]
 
 _asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
@@ -74,6 +74,20 @@ class FunctionWrapper(Wrapper):
 def bound_function(function: Any, bind: Callable[[Any], Any]) -> Any:
     """Bind a function, or those that a wrapper calls."""
     return function.bound(bind) if isinstance(function, Wrapper) else bind(function)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFunction:
+    """A function of the user's whose first argument is made by another one, once per process."""
+
+    load_model: Callable[[], Any]
+    """Makes it."""
+    function: Callable[..., Any]
+    """Is given it."""
+
+    @property
+    def __name__(self) -> str:
+        return function_name(self.function)
 
 
 @dataclass(frozen=True, eq=False)

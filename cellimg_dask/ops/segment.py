@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from dataclasses import dataclass, replace
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.wrappers import FunctionWrapper, call
+from cellimg_dask.blocks.wrappers import FunctionWrapper, ModelFunction, call
 from cellimg_dask.geometry import HaloLike, as_ints
 from cellimg_dask.image.define import as_axes
 from cellimg_dask.image.input import as_input
@@ -218,6 +218,19 @@ class Segmenter(FunctionWrapper):
         if labels.shape == padded:
             labels = labels[tuple(slice(0, n) for n in extents)]
         return labels
+
+    def bound(self, bind: Callable[[Any], Any]) -> Self:
+        """Return the same with other functions; see `Wrapper.bound`."""
+        if self.has_model:
+            assert self.holder is not None
+            pair = ModelFunction(self.holder.make, self.function)
+            other = bind(pair)
+            if other is not pair:
+                # The model stays where it is made, in a process that does one thing at a time.
+                return replace(
+                    self, function=other, holder=None, has_model=False, one_at_a_time=False
+                )
+        return super().bound(bind)
 
     def _turn(self) -> Any:
         if self.one_at_a_time:

@@ -44,10 +44,11 @@ from cellimg_dask.queues.batches import (
     without_error,
 )
 from cellimg_dask.queues.connect import connect, is_local
-from cellimg_dask.queues.env_here import ArrivedEnv, Services
+from cellimg_dask.queues.env_here import ArrivedEnv
 from cellimg_dask.queues.held import Held, Taken, handle, is_dead, release
 from cellimg_dask.queues.here import Arrived
 from cellimg_dask.queues.requests import Batch, Image, Other, Portion, Request, release_all
+from cellimg_dask.queues.services import Services
 from cellimg_dask.queues.tasks import CellCall, CellLayer, chunk_tasks, dask_name, stages_of
 from cellimg_dask.state.sizes import num_bytes
 

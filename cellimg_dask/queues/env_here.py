@@ -16,7 +16,7 @@ from cellimg_dask.queues.env_blocks import EnvBlocks
 from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.rules import Rules
 
-__all__ = ["ArrivedEnv", "Services"]
+__all__ = ["ArrivedEnv", "leave", "use"]
 
 
 class ArrivedEnv:
@@ -124,29 +124,20 @@ _entries: dict[str, _Entry] = {}
 _lock = threading.Lock()
 
 
-class Services:
-    """Keeps count of a cluster's workers in this process, and ends theirs with the last one.
+def use(token: str) -> None:
+    """Note one more who may need the workers of a queue in this process."""
+    with _lock:
+        _entries.setdefault(token, _Entry()).users += 1
 
-    A plugin of ``distributed``; it knows nothing of that.
-    """
 
-    def __init__(self, token: str) -> None:
-        self.token = token
-        self.name = f"cellimg-{token}"
-
-    def setup(self, worker: Any) -> None:
-        """Count a worker."""
-        with _lock:
-            _entries.setdefault(self.token, _Entry()).users += 1
-
-    def teardown(self, worker: Any) -> None:
-        """End the worker processes if this was the last."""
-        with _lock:
-            entry = _entries.get(self.token)
-            if entry is None:
-                return
-            entry.users -= 1
-            if entry.users > 0:
-                return
-            del _entries[self.token]
-        entry.close()
+def leave(token: str) -> None:
+    """Note one less; the workers end with the last."""
+    with _lock:
+        entry = _entries.get(token)
+        if entry is None:
+            return
+        entry.users -= 1
+        if entry.users > 0:
+            return
+        del _entries[token]
+    entry.close()
