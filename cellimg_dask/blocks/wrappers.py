@@ -14,7 +14,15 @@ import numpy as np
 from cellimg_dask.bare.functions import wants_task
 from cellimg_dask.blocks.tasks import current_task
 
-__all__ = ["FunctionWrapper", "ModelFunction", "Shipped", "Wrapper", "bound_function", "call", "function_name"]
+__all__ = [
+    "FunctionWrapper",
+    "ModelFunction",
+    "Shipped",
+    "Wrapper",
+    "bound_function",
+    "call",
+    "function_name",
+]
 
 _asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 

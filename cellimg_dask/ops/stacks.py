@@ -12,7 +12,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.block import Block
+<<<<<<< HEAD
 from cellimg_dask.blocks.wrappers import FunctionWrapper, call
+=======
+from cellimg_dask.blocks.named import as_function
+from cellimg_dask.blocks.wrappers import FunctionWrapper
+>>>>>>> env7
 from cellimg_dask.geometry import (
     AxisSplit,
     CellGrid,
@@ -93,7 +98,7 @@ def split_stack(
 
 
 def map_stack(
-    f: Callable[..., Any],
+    f: Callable[..., Any] | str,
     *arrays: Any,
     max_pixels: PerAxis,
     overlap: HaloLike | None = None,
@@ -112,7 +117,7 @@ def map_stack(
 
     Parameters
     ----------
-    f : callable
+    f : callable or str
         Called as ``f(*blocks, **params)`` with one read-only array per input, from several
         threads at once.
     *arrays : array-like or Input
@@ -147,6 +152,7 @@ def map_stack(
     >>> blocks.shape, np.array_equal(merged, image.repeat(2))
     ((3,), True)
     """
+    f = as_function(f)
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}; the function comes first")
     if not arrays:
