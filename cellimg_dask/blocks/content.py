@@ -48,11 +48,8 @@ from numpy.typing import NDArray
 from cellimg_dask.bare import compiled
 from cellimg_dask.blocks.errors import CellimgError
 from cellimg_dask.blocks.functions import BlockCode
-<<<<<<< HEAD
-from cellimg_dask.blocks.wrappers import Shipped
-=======
 from cellimg_dask.blocks.named import NamedFunction, importable
->>>>>>> env7
+from cellimg_dask.blocks.wrappers import Shipped
 
 __all__ = ["NoContentError", "array_content", "digest", "dtype_content", "value_content"]
 

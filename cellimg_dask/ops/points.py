@@ -12,12 +12,8 @@ import numpy as np
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
 from cellimg_dask.blocks.functions import BlockCode
-<<<<<<< HEAD
-from cellimg_dask.blocks.wrappers import FunctionWrapper, call
-=======
 from cellimg_dask.blocks.named import as_function
-from cellimg_dask.blocks.wrappers import FunctionWrapper
->>>>>>> env7
+from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import Input, as_input

@@ -6,12 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
 from cellimg_dask.blocks.block import Block
-<<<<<<< HEAD
-from cellimg_dask.blocks.wrappers import FunctionWrapper, call
-=======
 from cellimg_dask.blocks.named import as_function
-from cellimg_dask.blocks.wrappers import FunctionWrapper
->>>>>>> env7
+from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import CellGrid, HaloLike
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of

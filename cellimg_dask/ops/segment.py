@@ -10,12 +10,8 @@ from typing import Any, Self, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-<<<<<<< HEAD
-from cellimg_dask.blocks.wrappers import FunctionWrapper, ModelFunction, call
-=======
 from cellimg_dask.blocks.named import as_function
-from cellimg_dask.blocks.wrappers import FunctionWrapper
->>>>>>> env7
+from cellimg_dask.blocks.wrappers import FunctionWrapper, ModelFunction, call
 from cellimg_dask.geometry import HaloLike, as_ints
 from cellimg_dask.image.define import as_axes
 from cellimg_dask.image.input import as_input

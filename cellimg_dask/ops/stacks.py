@@ -12,12 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.block import Block
-<<<<<<< HEAD
-from cellimg_dask.blocks.wrappers import FunctionWrapper, call
-=======
 from cellimg_dask.blocks.named import as_function
-from cellimg_dask.blocks.wrappers import FunctionWrapper
->>>>>>> env7
+from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import (
     AxisSplit,
     CellGrid,
