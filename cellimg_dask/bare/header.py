@@ -142,6 +142,7 @@ class Header(NamedTuple):
                 str(content["token"]),
                 int(content["offset"]),
             )
+            _check(header, _PREFIX.size + length)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the header of the shared array {name!r} cannot be understood: "
@@ -153,6 +154,15 @@ class Header(NamedTuple):
                 f"bytes are needed, {len(memory):,} are there"
             )
         return header
+
+
+def _check(header: Header, length: int) -> None:
+    checked_shape(header.shape)
+    checked_axes(header.axes, len(header.shape))
+    if header.order not in ("C", "F"):
+        raise ValueError(f"order {header.order!r}")
+    if header.offset < length:
+        raise ValueError(f"offset {header.offset} within the header")
 
 
 def dtype_to_json(dtype: np.dtype[Any]) -> Any:

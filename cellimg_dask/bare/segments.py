@@ -75,8 +75,6 @@ class Segment:
     def __init__(
         self, name: str, mapping: mmap.mmap, opened: list[int], readonly: bool, creator: int
     ) -> None:
-        # The descriptor, if there is one. Whoever takes it out closes it.
-        self._opened = opened
         self.name = name
         """The name, without a leading slash."""
         self.nbytes = len(mapping)
@@ -86,7 +84,9 @@ class Segment:
         # The arrays hold this array and it the mapping, which is never closed by a call: PyPy
         # would unmap it under their eyes.
         self._bytes: np.ndarray[Any, Any] | None = np.frombuffer(mapping, np.uint8)
+        # No descriptor is kept; the mapping has one of its own.
         self._identity = _identity(opened)
+        self._opened = opened
         self._creator = creator
 
     def __repr__(self) -> str:
@@ -157,10 +157,6 @@ class Segment:
         if sys.platform == "win32":
             # Windows removes it with the last handle.
             return False
-        if sys.platform != "darwin":
-            for descriptor in self._opened[:1]:
-                with suppress(OSError):
-                    return os.fstat(descriptor).st_nlink == 0
         opened: list[int] = []
         try:
             _open(opened, self.name, os.O_RDONLY)
@@ -170,7 +166,7 @@ class Segment:
         except OSError:
             return False
         finally:
-            _close_all(opened)
+            _close(opened)
 
     def array(
         self,
@@ -214,10 +210,6 @@ class Segment:
     def close(self) -> None:
         """Let go of the memory; it stays mapped as long as an array of it is alive."""
         self._bytes = None
-        _close_all(self._opened)
-
-    def __del__(self) -> None:
-        _close_all(self._opened)
 
     def unlink(self) -> None:
         """Remove the name, and the memory with the last process that has it mapped.
@@ -300,11 +292,13 @@ else:
             _tracked[name] = opened
             os.ftruncate(opened[0], size)
             _reserve(opened[0], size)
-            return cls(name, mmap.mmap(opened[0], size), opened, False, os.getpid())
+            segment = cls(name, mmap.mmap(opened[0], size), opened, False, os.getpid())
+            _close(opened)
+            return segment
         except BaseException:
             # Also where it is interrupted: it takes a while.
             made = bool(opened)
-            _close_all(opened)
+            _close(opened)
             if made or own_name:
                 remove_name(name)
             if made:
@@ -323,9 +317,11 @@ else:
             if not size:
                 raise ValueError(f"the shared memory {name!r} is empty: it is still being made")
             access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
-            return cls(name, mmap.mmap(opened[0], size, access=access), opened, readonly, 0)
+            segment = cls(name, mmap.mmap(opened[0], size, access=access), opened, readonly, 0)
+            _close(opened)
+            return segment
         except BaseException:
-            _close_all(opened)
+            _close(opened)
             raise
 
 
@@ -334,11 +330,11 @@ def _open(opened: list[int], name: str, flags: int) -> None:
     opened.extend(map(_posixshmem.shm_open, (f"/{name}",), (flags,), (0o600,)))
 
 
-def _close_all(opened: list[int]) -> None:
-    # Two threads may be here.
-    with suppress(IndexError):
-        while True:
-            os.close(opened.pop())
+def _close(opened: list[int]) -> None:
+    for descriptor in opened:
+        if descriptor >= 0:
+            opened[0] = -1
+            os.close(descriptor)
 
 
 def _identity(opened: list[int]) -> tuple[int, int]:
