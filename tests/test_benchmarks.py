@@ -15,8 +15,8 @@ pytest.importorskip("scipy")
 pytest.importorskip("distributed")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {"core": "abcdefgh", "queue": "abcde", "change": "abcde", "objects": "abcd"}
-WITH_GOALS = {"core": "abcdefgh", "queue": "abde", "change": "abce", "objects": "abd"}
+ROWS = {"core": "abcdefgh", "queue": "abcde", "change": "abcde", "objects": "abcd", "env": "abc"}
+WITH_GOALS = {"core": "abcdefgh", "queue": "abde", "change": "abce", "objects": "abd", "env": "bc"}
 
 
 def run_benchmark(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
