@@ -88,3 +88,7 @@ def test_a_quick_run_of_objects_counts_few_tasks(tmp_path: Path) -> None:
     for row in "ab":
         (tasks,) = [n for n in written[row] if n["what"] == "tasks per cell"]
         assert tasks["reached"]
+
+
+def test_a_quick_run_of_other_environments(tmp_path: Path) -> None:
+    quick_run("env", tmp_path / "values.json")
