@@ -12,9 +12,7 @@ def start(lab: Lab) -> Iterator[Line]:
     methods = {"cellimg": "cellimg queue"}
     if find_spec("appose"):
         methods["appose"] = "Appose's own worker"
-    cases: dict[str, Case] = {
-        f"start, {name}": ("env_start", {"method": name}) for name in methods
-    }
+    cases: dict[str, Case] = {f"start, {name}": ("env_start", {"method": name}) for name in methods}
     results = lab.measure(cases)
     for title, found in zip(methods.values(), results.values(), strict=True):
         yield Line("a", f"{title}: start to the first result", "s", column(found, "seconds"))

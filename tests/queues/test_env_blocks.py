@@ -37,7 +37,8 @@ def smooth(a, width=1):
     return total
 
 def version(a):
-    return np.full(a.shape, [int(part) for part in np.__version__.split(".")[:2]] @ np.array([100, 1]))
+    major, minor = np.__version__.split(".")[:2]
+    return np.full(a.shape, 100 * int(major) + int(minor))
 
 def python(a):
     return np.full(a.shape, sys.version_info[0] * 100 + sys.version_info[1])
@@ -89,6 +90,13 @@ def fork(a):
     os.waitpid(child, 0)
     return a
 
+def pooled(a):
+    import multiprocessing
+
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        rows = pool.map(np.negative, list(a.astype(int)))
+    return -np.array(rows, int).reshape(a.shape)
+
 def steps(a, task, mark=None):
     for step in range(1000):
         task.update("step", step, 1000)
@@ -108,15 +116,14 @@ def bright(a):
     return np.argwhere(a > 250)
 
 def summary(a):
-    return {"sum": int(a.sum()), "of": (a.shape, {"a", "b"}), "largest": a.max(), 3: b"bytes", "z": 1j}
+    found = {"sum": int(a.sum()), "of": (a.ndim, {"a", "b"}), "largest": a.max()}
+    return {**found, 3: b"bytes", "z": 1j}
 
 def merge(parts):
-    out = None
-    for part in parts:
-        out = part if out is None else {
-            "sum": out["sum"] + part["sum"], "of": part["of"], "largest": max(out["largest"], part["largest"]),
-            3: part[3], "z": part["z"],
-        }
+    out = dict(parts[0])
+    for part in parts[1:]:
+        out["sum"] += part["sum"]
+        out["largest"] = max(out["largest"], part["largest"])
     return out
 
 def variables(block):
@@ -196,13 +203,14 @@ def test_it_is_another_python_with_another_numpy(queue: ci.BlockQueue, file: str
     def asked(name: str) -> int:
         return int(ci.map_cells(f"{file}:{name}", np.zeros(1), dtype=int, queue=queue)[0])
 
-    mine = [int(part) for part in np.__version__.split(".")[:2]] @ np.array([100, 1])
-    assert asked("version") != mine
+    major, minor = np.__version__.split(".")[:2]
+    assert asked("version") != 100 * int(major) + int(minor)
     assert asked("python") <= sys.version_info[0] * 100 + sys.version_info[1]
 
 
 @pytest.mark.parametrize(
-    "dtype", ["?", "u1", "<i8", ">u2", "f2", ">f4", "c8", "M8[us]", "S3", [("a", ">u2"), ("b", "f4", (2,))]]
+    "dtype",
+    ["?", "u1", "<i8", ">u2", "f2", ">f4", "c8", "M8[us]", "S3", [("a", ">u2"), ("b", "f4", (2,))]],
 )
 def test_arrays_of_any_dtype_go_there_and_back(queue: ci.BlockQueue, dtype: Any) -> None:
     image = np.zeros(60, dtype)
@@ -237,9 +245,7 @@ def test_halos_and_borders_are_as_here(
     np.testing.assert_array_equal(there, here)
 
 
-def test_a_block_knows_there_what_it_knows_here(
-    queue: ci.BlockQueue, file: str, data: Any
-) -> None:
+def test_a_block_knows_there_what_it_knows_here(queue: ci.BlockQueue, file: str, data: Any) -> None:
     grid = ci.CellGrid(data.shape, (6, 9))
     options: dict[str, Any] = {"dtype": int, "halo": 2, "params": {"shift": 5}}
     there = ci.fill_cells(f"{file}:everything", grid, data, queue=queue, **options)[...]
@@ -319,7 +325,8 @@ def test_what_is_printed_does_not_disturb(
 
 
 @pytest.mark.parametrize(
-    ("kind", "cause"), [("ValueError", ValueError), ("KeyError", KeyError), ("Own", ci.CellimgError)]
+    ("kind", "cause"),
+    [("ValueError", ValueError), ("KeyError", KeyError), ("Own", ci.CellimgError)],
 )
 def test_an_error_says_where_and_what(
     queue: ci.BlockQueue, file: str, data: Any, kind: str, cause: type[Exception]
@@ -334,11 +341,9 @@ def test_an_error_says_where_and_what(
     assert any("block_functions.py" in note for note in caught.value.__cause__.__notes__)
 
 
-def test_leaving_python_is_an_error_like_others(
-    queue: ci.BlockQueue, file: str, data: Any
-) -> None:
+def test_leaving_python_is_an_error_like_others(queue: ci.BlockQueue, file: str, data: Any) -> None:
     image = ci.map_cells(f"{file}:leave", data, dtype=np.uint8, queue=queue)
-    with pytest.raises(ci.BlockError, match="SystemExit.*tired"):
+    with pytest.raises(ci.BlockError, match=r"SystemExit.*tired"):
         image[...]
 
 
@@ -399,8 +404,9 @@ def test_a_block_that_takes_too_long_is_killed(
     assert queue.blocks.pids != [pid]
 
 
-def test_a_block_may_fork(queue: ci.BlockQueue, file: str, data: Any) -> None:
-    image = ci.map_cells(f"{file}:fork", data, dtype=np.uint8, cell_shape=8, queue=queue)
+@pytest.mark.parametrize("function", ["fork", "pooled"])
+def test_a_block_may_fork(queue: ci.BlockQueue, file: str, data: Any, function: str) -> None:
+    image = ci.map_cells(f"{file}:{function}", data, dtype=int, cell_shape=16, queue=queue)
     np.testing.assert_array_equal(in_time(lambda: image[...]), data)
 
 
@@ -408,7 +414,7 @@ def test_a_block_may_fork(queue: ci.BlockQueue, file: str, data: Any) -> None:
     "init", ["import no_such_module", "1 / 0", "import sys; sys.exit(3)", "import os; os._exit(4)"]
 )
 def test_an_init_that_fails_is_an_error_at_once(env: ci.Env, init: str) -> None:
-    with pytest.raises(ci.InitError, match="no_such_module|division|SystemExit|exit status 4"):
+    with pytest.raises(ci.InitError, match=r"no_such_module|division|SystemExit|exit status 4"):
         in_time(lambda: ci.BlockQueue(2, init, env=env))
 
 
@@ -448,9 +454,9 @@ def test_the_caller_s_variables_stay_here(
     for name in ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "/nowhere")
     with ci.BlockQueue(1, env=env) as queue:
-        seen = ci.fill_cells(
-            f"{file}:variables", ci.CellGrid((4,), 4), dtype=bool, queue=queue
-        )[...]
+        seen = ci.fill_cells(f"{file}:variables", ci.CellGrid((4,), 4), dtype=bool, queue=queue)[
+            ...
+        ]
     np.testing.assert_array_equal(seen, [False, False, False, True])
 
 
