@@ -1,4 +1,4 @@
-"""What blocks in another Python take, beside Appose's own worker, copying, and pickles in a pipe."""
+"""Blocks in another Python, beside Appose's own worker, copying, and pickles in a pipe."""
 
 from __future__ import annotations
 
