@@ -31,6 +31,7 @@ from cellimg_dask.blocks.functions import BlockCode
 from cellimg_dask.blocks.named import NamedFunction
 from cellimg_dask.blocks.worker import Worker, get_worker
 from cellimg_dask.geometry import Cell, CellGrid, Halo, Roi
+from cellimg_dask.image import shared
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import fill_cells, map_cells
 from cellimg_dask.image.input import Input
@@ -118,6 +119,7 @@ __all__ = [
     "run",
     "segment",
     "set_cache",
+    "shared",
     "split_stack",
     "stack_shape",
     "statistics",
