@@ -49,7 +49,7 @@ class Runner(Runtime):
         segment = self._segments.get(request["segment"])
 
         def fetch(place: Any) -> np.ndarray[Any, Any]:
-            return array_at(segment, place)
+            return array_at(segment, place, self._segments.get)
 
         args = decode(request["args"], fetch)
         kwargs = decode(request["kwargs"], fetch)
