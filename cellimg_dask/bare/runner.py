@@ -12,7 +12,7 @@ from .functions import Functions, wants_task
 from .places import Layout, Segments, array_at
 from .segments import Segment
 from .serve import Reply, Runtime, Server, serve
-from .trees import decode, encode
+from .trees import decode, encode, from_attached
 from .wire import Message
 
 __all__ = ["Runner", "main"]
@@ -28,12 +28,12 @@ class Runner(Runtime):
 
     def do_init(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Run ``init``."""
-        self._functions = Functions(request["init"])
+        self._functions = Functions(from_attached(request["init"], attached))
         return {}, []
 
     def do_define(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Learn a function, which has a number from now on."""
-        function = self._functions.load(request["spec"])
+        function = self._functions.load(from_attached(request["spec"], attached))
         self._known[request["function"]] = function, wants_task(function)
         return {}, []
 

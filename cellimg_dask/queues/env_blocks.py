@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from cellimg_dask.bare.block import Outline
-from cellimg_dask.bare.trees import decode, encode
+from cellimg_dask.bare.trees import decode, encode, with_attached
 from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
@@ -199,7 +199,7 @@ class RemoteFunction:
             call.job.function.name,
             call.plan,
             self,
-            lambda: ({"spec": self.user.spec}, ()),
+            self._lesson,
             lambda: trip.request(self._first_guess(call)),
             trip.more_room,
         )
@@ -208,6 +208,10 @@ class RemoteFunction:
         # What nobody else handles is copied once, to where it belongs.
         direct = isinstance(call.function, ArrayFunction) and call.function.function is self
         return trip.result(response["outputs"], copy=not direct)
+
+    def _lesson(self) -> Parcel:
+        spec, attached = with_attached(self.user.spec)
+        return {"spec": spec}, attached
 
     def _first_guess(self, call: _Call) -> int:
         guess = 0 if call.job.dtype.hasobject else call.job.dtype.itemsize

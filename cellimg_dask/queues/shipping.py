@@ -12,11 +12,12 @@ import numpy as np
 
 from cellimg_dask.blocks.functions import BlockCode
 from cellimg_dask.blocks.named import NamedFunction
-from cellimg_dask.blocks.wrappers import function_name
+from cellimg_dask.blocks.worker import Init
+from cellimg_dask.blocks.wrappers import ModelFunction, function_name
 from cellimg_dask.queues.places import folder_of, is_of_the_library, public_name
 from cellimg_dask.queues.source_text import ADVICE, source_of
 
-__all__ = ["ship"]
+__all__ = ["ship", "ship_init"]
 
 
 def ship(function: Any) -> dict[str, Any] | None:
@@ -45,6 +46,11 @@ def ship(function: Any) -> dict[str, Any] | None:
         return _by_name(function.place, function.attribute)
     if isinstance(function, functools.partial):
         return _partial(function)
+    if isinstance(function, ModelFunction):
+        model, inner = ship(function.load_model), ship(function.function)
+        if model is None or inner is None:
+            raise TypeError(f"{function.__name__} and what makes its model must be your own")
+        return {"model": model, "function": inner}
     if is_of_the_library(function):
         return None
     name = function_name(function)
@@ -65,6 +71,24 @@ def ship(function: Any) -> dict[str, Any] | None:
         if path is not None:
             return {"file": path, "name": function.__qualname__}
     return source_of(function, name)
+
+
+def ship_init(init: Init) -> dict[str, Any] | None:
+    """Return the description of a queue's ``init``; None where there is none.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be sent.
+    """
+    if init is None:
+        return None
+    if isinstance(init, str):
+        return {"code": init}
+    spec = ship(init)
+    if spec is None:
+        raise TypeError(f"init is {function_name(init)}, which another Python need not have")
+    return spec
 
 
 def _by_name(module: str, attribute: str) -> dict[str, Any]:
