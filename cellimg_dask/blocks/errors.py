@@ -23,6 +23,7 @@ __all__ = [
     "NoWorkersError",
     "QueueClosedError",
     "ReadError",
+    "RemoteError",
     "ResultError",
     "SaveError",
     "SourceChangedError",
@@ -115,6 +116,13 @@ class ReadError(CellError, OSError):
 
 class CycleError(CellError, RuntimeError):
     """A cell was asked for, directly or through others, while it was being computed."""
+
+
+class RemoteError(RuntimeError):
+    """What a function raised in another environment, of a class that is not known here.
+
+    The text says the class, and a note has the traceback.
+    """
 
 
 class InitError(CellimgError, RuntimeError):

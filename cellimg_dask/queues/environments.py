@@ -14,3 +14,13 @@ class Env:
 
     def variables(self):
         return {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+
+    @classmethod
+    def venv(cls, path):
+        return cls(str(path) + "/bin/python", str(path))
+
+    @classmethod
+    def current(cls):
+        import sys
+
+        return cls(sys.executable)
