@@ -64,8 +64,8 @@ def map_cells(
         From arrays to an array; called from several threads at once. Named as
         ``"module:function"`` or ``"path/to/file.py:function"`` it is imported where it runs.
     *inputs : array-like or Input
-        NumPy, memory-mapped, zarr, h5py, tensorstore or dask arrays, lazy images, anything with
-        ``shape``, ``dtype`` and ``__getitem__``. Shapes are equal or broadcast as in NumPy;
+        NumPy, memory-mapped, shared, zarr, h5py, tensorstore or dask arrays, lazy images, anything
+        with ``shape``, ``dtype`` and ``__getitem__``. Shapes are equal or broadcast as in NumPy;
         `Input` gives an input its own halo, boundary or mapping.
     halo : int, per-axis ints, or per-axis (before, after) pairs
         Extra voxels that a block reads, in axes of the inputs; any width. One width for all
