@@ -19,6 +19,7 @@ __all__ = [
     "BlockTimeoutError",
     "CellimgError",
     "CycleError",
+    "EnvError",
     "InitError",
     "NoWorkersError",
     "QueueClosedError",
@@ -131,6 +132,10 @@ class InitError(CellimgError, RuntimeError):
 
 class BlockTimeoutError(BlockError, TimeoutError):
     """A block took longer than its queue allows; its worker process was killed."""
+
+
+class EnvError(CellimgError, RuntimeError):
+    """Another Python environment cannot be used or made; the message says what would help."""
 
 
 class WorkerDiedError(BlockError):
