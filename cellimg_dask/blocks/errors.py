@@ -119,7 +119,7 @@ class CycleError(CellError, RuntimeError):
     """A cell was asked for, directly or through others, while it was being computed."""
 
 
-class RemoteError(RuntimeError):
+class RemoteError(CellimgError, RuntimeError):
     """What a function raised in another environment, of a class that is not known here.
 
     The text says the class, and a note has the traceback.
