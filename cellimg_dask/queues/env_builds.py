@@ -85,7 +85,7 @@ def make(
         built = _known(folder)
         if built is None:
             appose = _appose(title)
-            _hand_over_tool(spec["kind"], folder.parent, title, download=download)
+            _hand_over_tool(spec["kind"], title, download=download)
             # Whoever made it did not get to the end.
             shutil.rmtree(folder, ignore_errors=True)
             built = _build(appose, folder, spec, title, variables, report)
@@ -149,11 +149,11 @@ def _build(
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        said = "\n".join(report.last)
-        raise EnvError(
-            f"{title} could not be made: {describe(cause or error)}"
-            + (f"\n{said}" if said and said not in str(cause or error) else "")
-        ) from error
+        text = describe(cause or error)
+        # Appose says what the tool said on standard error, if it was that.
+        if report.last and report.last[-1] not in text:
+            text = "\n".join([text, *report.last])
+        raise EnvError(f"{title} could not be made: {text}") from error
     paths = tuple(map(str, made.bin_paths()))
     names = ("python.exe", "python") if os.name == "nt" else ("python",)
     python = next((Path(p, n) for p in paths for n in names if Path(p, n).exists()), None)
@@ -183,16 +183,20 @@ def _conda_file(spec: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------ tools
 
 
-def _hand_over_tool(kind: str, folder: Path, title: str, *, download: bool) -> None:
+_TOOLS = {
+    "uv": ("uv", "appose.tool.uv", "Uv"),
+    "conda": ("micromamba", "appose.tool.mamba", "Mamba"),
+    "pixi": ("pixi", "appose.tool.pixi", "Pixi"),
+}
+
+
+def _hand_over_tool(kind: str, title: str, *, download: bool) -> None:
     """Put the tool where Appose looks for it; else Appose would download one."""
-    name = {"uv": "uv", "conda": "micromamba", "pixi": "pixi"}[kind]
-    ending = ".exe" if os.name == "nt" else ""
-    inside = {
-        "uv": Path(".uv", "bin", f"uv{ending}"),
-        "pixi": Path(".pixi", "bin", f"pixi{ending}"),
-        "conda": Path(".mamba", "Library" if ending else "", "bin", f"micromamba{ending}"),
-    }
-    place = folder / inside[kind]
+    name, module, tool = _TOOLS[kind]
+    wanted = getattr(importlib.import_module(module), tool)()
+    # Where it runs.
+    Path(wanted.rootdir).mkdir(parents=True, exist_ok=True)
+    place = Path(wanted.command)
     if place.exists():
         return
     found = _tool(name)
