@@ -156,17 +156,12 @@ def _simple(kind: Any, origin: Any, arguments: tuple[Any, ...], names: Names) ->
     if origin is tuple:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return {"type": "array", **_items(arguments[:1], names), "x-tuple": True}
-        if arguments:
-            parts = [schema_of(part, names) for part in arguments if part != ()]
-            if not parts:
-                return {"type": "array", "maxItems": 0, "x-tuple": True}
-            return {
-                "type": "array",
-                "prefixItems": parts,
-                "items": False,
-                "minItems": len(parts),
-            }
-        return {"type": "array", "x-tuple": True}
+        if kind is tuple or kind is typing.Tuple:  # noqa: UP006
+            return {"type": "array", "x-tuple": True}
+        parts = [schema_of(part, names) for part in arguments if part != ()]
+        if not parts:
+            return {"type": "array", "maxItems": 0, "x-tuple": True}
+        return {"type": "array", "prefixItems": parts, "items": False, "minItems": len(parts)}
     if origin in _MAPPINGS and (not arguments or arguments[0] in (str, Any)):
         values = schema_of(arguments[1], names) if arguments else {}
         return {"type": "object", "additionalProperties": values or True}
@@ -221,7 +216,10 @@ def _dtype_names(scalars: Iterable[Any], names: Names) -> tuple[str, ...]:
                 )
             except Exception:
                 return ()
-        if isinstance(scalar, typing.TypeVar):
+        origin = typing.get_origin(scalar)
+        if isinstance(origin, type) and issubclass(origin, np.generic):
+            inner, scalar = (), origin
+        elif isinstance(scalar, typing.TypeVar):
             inner = scalar.__constraints__ or (scalar.__bound__ or Any,)
         else:
             inner = typing.get_args(scalar)

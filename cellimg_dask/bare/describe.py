@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .annotations import Names, is_plain, plain, schema_of
 
 __all__ = ["answer", "describe"]
@@ -111,8 +113,7 @@ def _returns(annotation: Any, names: Names) -> list[dict[str, Any]]:
 def _text(value: Any) -> str:
     try:
         # NumPy's scalars are written in two ways, and read as Python's anyhow.
-        inner = plain(value) if not isinstance(value, (list, tuple, dict)) else value
-        text = repr(inner if is_plain(inner) else value)
+        text = repr(value.item() if isinstance(value, np.generic) else value)
     except Exception:
         text = f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:199]}…"
