@@ -3,7 +3,7 @@
 A description is a dictionary of JSON's types; values may also be arrays:
 
 - ``{"name": "module:function", "folders": [...]}``: imported; the folders are searched last.
-- ``{"file": "/absolute/file.py", "name": "function"}``: the file is run once per process.
+- ``{"file": "/absolute/file.py", "name": "function"}``: the file is run, and again once it changed.
 - ``{"source": text, "name": "function"}``: what the text defines under this name.
 - ``{"code": text, "init": text or null}``: statements on ``block``; see `BlockCode`.
 - ``{"partial": function, "args": [...], "kwargs": {...}}``: with arguments given already.
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from . import compiled
-from .naming import attribute_of, import_file, import_module
+from .naming import attribute_of, file_state, import_file, import_module
 
 __all__ = ["Functions", "InitError", "bind", "wants_task"]
 
@@ -311,7 +311,10 @@ def _text(spec: Mapping[str, Any], name: str) -> str:
 def _key(value: Any) -> Any:
     """Return what is equal for equal descriptions, and can be looked up."""
     if isinstance(value, Mapping):
-        return "map", tuple(sorted((str(name), _key(part)) for name, part in value.items()))
+        # A file may be changed while a worker lives.
+        path = value.get("file")
+        state = file_state(path) if isinstance(path, str) else None
+        return "map", state, tuple(sorted((str(name), _key(part)) for name, part in value.items()))
     if isinstance(value, (list, tuple)):
         return type(value).__name__, tuple(map(_key, value))
     if isinstance(value, (np.ndarray, np.generic)):

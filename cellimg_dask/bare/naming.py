@@ -15,7 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["attribute_of", "import_file", "import_module", "is_file_name", "split_name"]
+__all__ = [
+    "attribute_of",
+    "file_state",
+    "import_file",
+    "import_module",
+    "is_file_name",
+    "split_name",
+]
 
 
 def is_file_name(place: str) -> bool:
@@ -108,12 +115,12 @@ def import_module(name: str, folders: Iterable[str] = ()) -> ModuleType:
         raise ImportError(f"importing {name!r} failed with {_told(error)}", name=name) from error
 
 
-_files: dict[str, ModuleType] = {}
+_files: dict[str, tuple[tuple[int, int], ModuleType]] = {}
 _lock = threading.RLock()
 
 
 def import_file(path: str) -> ModuleType:
-    """Run a file, once per process, and return its module.
+    """Run a file, once per process unless it was changed since, and return its module.
 
     Its folder is searched for what it imports, after this Python's own paths.
 
@@ -132,14 +139,28 @@ def import_file(path: str) -> ModuleType:
         If it raises.
     """
     with _lock:
-        if path not in _files:
-            _files[path] = _run_file(path)
-        return _files[path]
+        state = file_state(path)
+        known = _files.get(path)
+        if known is None or known[0] != state:
+            known = _files[path] = (state, _run_file(path))
+        return known[1]
+
+
+def file_state(path: str) -> tuple[int, int]:
+    """Return size and time of change of a file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(_no_file(path))
+    facts = Path(path).stat()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def _run_file(path: str) -> ModuleType:
-    if not Path(path).is_file():
-        raise FileNotFoundError(_no_file(path))
     # A name of its own: the file may be called as a module of Python's, signal.py for instance.
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     name = f"cellimg_file_{Path(path).stem}_{mark}"
@@ -187,24 +208,22 @@ def attribute_of(module: ModuleType, attribute: str, place: str) -> Any:
         If it cannot be called.
     """
     found: Any = module
-    for number, part in enumerate(attribute.split(".")):
+    for part in attribute.split("."):
         before = found
         try:
             found = getattr(found, part)
         except AttributeError:
             known = [name for name in dir(before) if not name.startswith("__")]
             near = difflib.get_close_matches(part, known, n=3)
-            inside = ".".join(attribute.split(".")[:number])
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             file = getattr(module, "__file__", None)
             if file is not None and not is_file_name(place):
                 hint += f" (it is {file}, in {here()})"
-            raise AttributeError(
-                f"{place} has no {part!r}{f' in {inside}' if inside else ''}{hint}"
-            ) from None
+            raise AttributeError(f"{place} has no function {attribute!r}{hint}") from None
     if not callable(found):
         raise TypeError(
-            f"{place}:{attribute} is {_article(type(found).__name__)}, which cannot be called"
+            f"{place} has no function {attribute!r}: that is "
+            f"{_article(type(found).__name__)}, which cannot be called"
         )
     return found
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cellimg_dask.bare.naming import (
+    attribute_of,
+    import_file,
+    import_module,
+    is_file_name,
+    split_name,
+)
 
 __all__ = ["above", "load_function"]
 
@@ -31,43 +37,25 @@ def load_function(name: str, folder: Path) -> Callable[..., Any]:
     folder : Path
         Where the file is looked for.
     """
-    module_name, _, attribute = name.rpartition(":")
-    if module_name.endswith(".py"):
-        module = _load_file((folder / module_name).resolve())
-    else:
-        module = importlib.import_module(module_name)
-    found: Any = module
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise AttributeError(f"{module_name} has no function {attribute!r}")
-    function: Callable[..., Any] = found
+    place, attribute = split_name(name)
+    in_file = is_file_name(place)
+    module = _by_value((folder / place).resolve()) if in_file else import_module(place)
+    function: Callable[..., Any] = attribute_of(module, attribute, place)
     return function
 
 
-def _load_file(path: Path) -> Any:
+def _by_value(path: Path) -> Any:
     """Run a file and return its module.
 
     Workers, which cannot import it, get it by value; also other files beside it that it imports.
     """
     import cloudpickle
 
-    # A name of its own: the file may be called as a module of Python's, signal.py for instance.
-    spec = importlib.util.spec_from_file_location(f"cellimg_spec.{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    # Before it runs: dataclasses look their module up.
-    sys.modules[module.__name__] = module
-    folder = str(path.parent)
-    if folder not in sys.path:
-        # At the end, so that what is installed goes first, whatever the files are called.
-        sys.path.append(folder)
     before = set(sys.modules)
-    spec.loader.exec_module(module)
+    module = import_file(str(path))
     cloudpickle.register_pickle_by_value(module)
     for name in sys.modules.keys() - before:
         file = getattr(sys.modules[name], "__file__", None)
-        if file is not None and Path(file).is_relative_to(folder) and "." not in name:
+        if file is not None and Path(file).is_relative_to(path.parent) and "." not in name:
             cloudpickle.register_pickle_by_value(sys.modules[name])
     return module

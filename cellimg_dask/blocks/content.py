@@ -48,6 +48,7 @@ from numpy.typing import NDArray
 from cellimg_dask.bare import compiled
 from cellimg_dask.blocks.errors import CellimgError
 from cellimg_dask.blocks.functions import BlockCode
+from cellimg_dask.blocks.named import NamedFunction, importable
 
 __all__ = ["NoContentError", "array_content", "digest", "dtype_content", "value_content"]
 
@@ -149,6 +150,8 @@ class _Contents:
             return ["set", sorted(self._apart(value, f"an item of {name}"), key=digest)]
         if kind is BlockCode:
             return self._block_code(value, name)
+        if kind is NamedFunction:
+            return self._named(value, name)
         if kind is CodeType:
             return self._code(value, name)
         if kind is functools.partial:
@@ -219,6 +222,21 @@ class _Contents:
         parts = [compile(text or "", "<BlockCode>", "exec") for text in (code.init, code.code)]
         with self._calling(parts):
             return ["BlockCode", [self._code(p, name) for p in parts], self._imports(parts, name)]
+
+    def _named(self, named: NamedFunction, name: str) -> Any:
+        function = importable(named)
+        if function is not None:
+            return self.of(function, name)
+        if named.file is None:
+            raise NoContentError(
+                f"{name} is {named.name!r}, which cannot be imported here, so that nobody can say "
+                f"whether it has changed"
+            )
+        try:
+            files = {place: _hash(path.read_bytes()) for place, path in named.files().items()}
+        except OSError as error:
+            raise NoContentError(f"{name} is {named.name!r}: {error}") from None
+        return ["file function", named.file.name, named.attribute, files]
 
     def _method(self, method: Any, name: str) -> Any:
         owner = getattr(method, "__self__", None)

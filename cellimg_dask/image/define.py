@@ -18,6 +18,7 @@ from cellimg_dask.blocks.functions import (
     BlockFunction,
     FillFunction,
 )
+from cellimg_dask.blocks.named import as_function, importable
 from cellimg_dask.blocks.plan import AxisLink, InputPlan, Planner
 from cellimg_dask.blocks.wrappers import function_name
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, as_int, as_ints, check_boundary
@@ -36,7 +37,7 @@ _DEFAULT_VOXELS_LOG2 = 20
 
 
 def map_cells(
-    f: Callable[..., Any],
+    f: Callable[..., Any] | str,
     *inputs: Any,
     halo: HaloLike = 0,
     boundary: str = "none",
@@ -59,8 +60,9 @@ def map_cells(
 
     Parameters
     ----------
-    f : callable
-        From arrays to an array; called from several threads at once.
+    f : callable or str
+        From arrays to an array; called from several threads at once. Named as
+        ``"module:function"`` or ``"path/to/file.py:function"`` it is imported where it runs.
     *inputs : array-like or Input
         NumPy, memory-mapped, zarr, h5py, tensorstore or dask arrays, lazy images, anything with
         ``shape``, ``dtype`` and ``__getitem__``. Shapes are equal or broadcast as in NumPy;
@@ -116,6 +118,7 @@ def map_cells(
     array([14, 24])
     """
     check_boundary(boundary)
+    f = as_function(f)
     if isinstance(f, BlockCode):
         raise TypeError("BlockCode writes into a block: use fill_cells(code, grid, *inputs, …)")
     if not callable(f):
@@ -170,7 +173,7 @@ def map_cells(
 
 
 def fill_cells(
-    f: Callable[[Block], None] | BlockCode,
+    f: Callable[[Block], None] | BlockCode | str,
     grid: CellGrid,
     *inputs: Any,
     dtype: DTypeLike,
@@ -186,10 +189,11 @@ def fill_cells(
 
     Parameters
     ----------
-    f : callable or BlockCode
+    f : callable, BlockCode or str
         Given a `Block`: ``data`` to write, ``inputs`` to read, ``index``, ``min``, ``max``
         (inclusive), ``dim``, ``halo`` (slices that crop), ``roi``, ``read_roi``, ``position``,
-        ``shape``, ``params``. Returns None. Called from several threads at once.
+        ``shape``, ``params``. Returns None. Called from several threads at once. May be named
+        as in `map_cells`.
     grid : CellGrid
         Shape of the image and of its cells.
     *inputs : array-like or Input
@@ -217,6 +221,7 @@ def fill_cells(
     array([0, 0, 1, 1], dtype=uint8)
     """
     check_boundary(boundary)
+    f = as_function(f)
     if not callable(f):
         raise TypeError(f"f must be callable or a BlockCode, got {type(f).__name__}")
     if not isinstance(grid, CellGrid):
@@ -458,6 +463,7 @@ def _result_dtype(
     """Return the result's dtype without calling anything of the user's."""
     if dtype is not None:
         return _checked_dtype(dtype)
+    name, f = function_name(f), importable(f)
     if isinstance(f, np.ufunc) and f.nout == 1 and f.nin == len(inputs):
         return _checked_dtype(f.resolve_dtypes((*inputs, None))[-1])
     annotated = _annotated_dtype(f)
@@ -465,7 +471,7 @@ def _result_dtype(
         return _checked_dtype(annotated)
     given = ", ".join(map(str, inputs))
     raise TypeError(
-        f"the dtype that {function_name(f)} returns for {given} cannot be known without running "
+        f"the dtype that {name} returns for {given} cannot be known without running "
         f"it: give dtype=…, for instance dtype={str(inputs[0])!r}"
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.functions import BlockCode, ValueFunction
+from cellimg_dask.blocks.named import as_function
 from cellimg_dask.blocks.plan import AxisLink
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.cellimg import CellImg
@@ -25,7 +26,7 @@ __all__ = ["cell_values"]
 
 
 def cell_values(
-    f: Callable[[Block], Any],
+    f: Callable[[Block], Any] | str,
     grid: CellGrid,
     *inputs: Any,
     halo: HaloLike = 0,
@@ -40,7 +41,7 @@ def cell_values(
 
     Parameters
     ----------
-    f : callable
+    f : callable or str
         Given a `Block`, of which ``inputs``, ``params``, ``position`` and ``index`` say what the
         cell reads and which one of ``grid`` it is. Its ``roi`` is that of the one voxel.
     grid : CellGrid
@@ -72,6 +73,7 @@ def cell_values(
     [(0, 4), (4, 4), (8, 2)]
     """
     check_boundary(boundary)
+    f = as_function(f)
     if isinstance(f, BlockCode):
         raise TypeError(
             "BlockCode returns nothing; give a function of a Block that returns a value"

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.functions import BlockCode, FillFunction
+from cellimg_dask.blocks.named import as_function
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import as_axes, common_shape, grid_of, make_image
@@ -45,7 +46,7 @@ Link = str | tuple[str, float]
 
 
 def map_labels(
-    f: Callable[..., Any],
+    f: Callable[..., Any] | str,
     *inputs: Any,
     halo: HaloLike,
     link: Link = ("iou", 0.5),
@@ -66,7 +67,7 @@ def map_labels(
 
     Parameters
     ----------
-    f : callable
+    f : callable or str
         From arrays, halo included, to integer labels of the same size, 0 for background, or a mask
         for one object; without the axes in ``drop_axis``. It may number objects as it likes, but
         the same for the same arrays: it is called again for blocks that the cache does not hold.
@@ -114,6 +115,7 @@ def map_labels(
     >>> ci.map_labels(segment, image, halo=1, cell_shape=3, consecutive=True)[:]
     array([0, 1, 1, 1, 0, 0, 2, 2], dtype=uint64)
     """
+    f = as_function(f)
     if isinstance(f, BlockCode):
         raise TypeError("BlockCode returns nothing; give a function that returns labels")
     if not callable(f):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.named import NamedFunction
 from cellimg_dask.blocks.wrappers import Wrapper
 from cellimg_dask.ops.objects import Objects, Wants, measure, select
 from cellimg_dask.ops.properties import MASK_PROPERTIES
@@ -25,18 +26,23 @@ class Extra:
     function: Callable[..., Any]
     dtype: np.dtype[Any]
     """Of the result; with a shape, if that is an array."""
+    needs_image: bool
+    """Whether the function is given the image as well."""
 
     @property
     def name(self) -> str:
         """Of the column."""
         return str(self.function.__name__)
 
-    @property
-    def needs_image(self) -> bool:
-        """Whether the function is given the image as well: it has two arguments."""
-        wanted = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-        given = signature(self.function).parameters.values()
-        return sum(p.kind in wanted and p.default is Parameter.empty for p in given) > 1
+
+def needs_image(function: Callable[..., Any]) -> bool:
+    """Whether a function of masks is given the image as well: it has two arguments."""
+    wanted = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    if isinstance(function, NamedFunction):
+        given = function.__signature__.parameters.values()
+    else:
+        given = signature(function).parameters.values()
+    return sum(p.kind in wanted and p.default is Parameter.empty for p in given) > 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import numpy as np
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import ResultError
 from cellimg_dask.blocks.functions import BlockCode
+from cellimg_dask.blocks.named import as_function
 from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.define import grid_of
@@ -30,7 +31,7 @@ __all__ = ["map_points"]
 
 
 def map_points(
-    f: Callable[..., Any],
+    f: Callable[..., Any] | str,
     *inputs: Any,
     halo: HaloLike = 0,
     columns: Mapping[str, Any] | Iterable[str] | None = None,
@@ -54,7 +55,7 @@ def map_points(
 
     Parameters
     ----------
-    f : callable
+    f : callable or str
         From arrays to points; called from several threads at once. It returns
 
         - an array of shape ``(points, axes + further columns)``, columns in that order, or
@@ -128,6 +129,7 @@ def map_points(
     1  4.0  6.0    1.0
     """
     check_boundary(boundary)
+    f = as_function(f)
     if isinstance(f, BlockCode):
         raise TypeError("BlockCode returns nothing; give a function that returns points")
     if not callable(f):

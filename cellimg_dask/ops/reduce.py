@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
 from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.named import as_function
 from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import CellGrid, HaloLike
 from cellimg_dask.image.cellimg import CellImg
@@ -20,15 +21,15 @@ __all__ = ["Reduced", "combine_values", "reduce_cells"]
 
 
 def reduce_cells(
-    f: Callable[..., Any],
-    combine: Callable[[list[Any]], Any],
+    f: Callable[..., Any] | str,
+    combine: Callable[[list[Any]], Any] | str,
     *inputs: Any,
     halo: HaloLike = 0,
     boundary: str = "none",
     fill_value: Any = 0,
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
     params: Mapping[str, Any] | None = None,
-    finish: Callable[[Any], Any] | None = None,
+    finish: Callable[[Any], Any] | str | None = None,
     cache: CellCache | str | None = "shared",
     queue: BlockQueue | None = None,
     version: str | None = None,
@@ -40,9 +41,9 @@ def reduce_cells(
 
     Parameters
     ----------
-    f : callable
+    f : callable or str
         From one read-only array per input, halo included, to any object.
-    combine : callable
+    combine : callable or str
         From a list of partial results to one of their kind. It is given what ``f`` returned, or
         what it returned itself, of neighbouring cells, in C order. Which cells, and the order,
         depend on the grid only, so the result is the same on every scheduler. It must not change
@@ -53,7 +54,7 @@ def reduce_cells(
         Extra voxels that ``f`` is given.
     boundary, fill_value, cell_shape, params
         As in `map_cells`.
-    finish : callable, optional
+    finish : callable or str, optional
         From the one object that is left to the result.
     cache, queue, version
         As in `map_cells`; ``combine`` and ``finish`` run where ``f`` runs.
@@ -78,6 +79,8 @@ def reduce_cells(
     >>> int(brightest.result())
     7
     """
+    f, combine = as_function(f), as_function(combine)
+    finish = as_function(finish)
     for what, function in (("f", f), ("combine", combine), ("finish", finish)):
         if not (callable(function) or (what == "finish" and function is None)):
             raise TypeError(f"{what} must be callable, got {type(function).__name__}")

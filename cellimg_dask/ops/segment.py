@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.blocks.named import as_function
 from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import HaloLike, as_ints
 from cellimg_dask.image.define import as_axes
@@ -25,10 +26,10 @@ __all__ = ["segment"]
 
 
 def segment(
-    predict: Callable[..., Any],
+    predict: Callable[..., Any] | str,
     *images: Any,
     halo: HaloLike,
-    load_model: Callable[[], Any] | None = None,
+    load_model: Callable[[], Any] | str | None = None,
     normalize: tuple[float, float] | None = None,
     channel_axis: SupportsIndex | None = None,
     multiple_of: SupportsIndex | Iterable[SupportsIndex] = 1,
@@ -50,7 +51,7 @@ def segment(
 
     Parameters
     ----------
-    predict : callable
+    predict : callable or str
         From arrays, halo included, to labels of the same size without the axis of channels, 0 for
         background; or to a tuple that begins with the labels, as StarDist and Cellpose return.
         Called as ``predict(*arrays, **params)``, or ``predict(model, *arrays, **params)`` where
@@ -60,7 +61,7 @@ def segment(
     halo : int, per-axis ints, or per-axis (before, after) pairs
         Extra voxels that a block reads, in axes of the labels. Recommended: the extent of the
         largest object, plus how far the network looks.
-    load_model : callable, optional
+    load_model : callable or str, optional
         Makes the model, called without arguments before the first block, once in each process.
     normalize : (float, float), optional
         Percentiles, such as ``(1, 99.8)``, of the whole image, for each channel its own. Blocks
@@ -129,6 +130,8 @@ def segment(
     >>> labels.num_objects()
     2
     """
+    predict = as_function(predict)
+    load_model = as_function(load_model)
     for what, function in (("predict", predict), ("load_model", load_model)):
         if not (callable(function) or (function is None and what == "load_model")):
             raise TypeError(f"{what} must be callable, got {type(function).__name__}")

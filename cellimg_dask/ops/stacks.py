@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.named import as_function
 from cellimg_dask.blocks.wrappers import FunctionWrapper
 from cellimg_dask.geometry import (
     AxisSplit,
@@ -93,7 +94,7 @@ def split_stack(
 
 
 def map_stack(
-    f: Callable[..., Any],
+    f: Callable[..., Any] | str,
     *arrays: Any,
     max_pixels: PerAxis,
     overlap: HaloLike | None = None,
@@ -112,7 +113,7 @@ def map_stack(
 
     Parameters
     ----------
-    f : callable
+    f : callable or str
         Called as ``f(*blocks, **params)`` with one read-only array per input, from several
         threads at once.
     *arrays : array-like or Input
@@ -147,6 +148,7 @@ def map_stack(
     >>> blocks.shape, np.array_equal(merged, image.repeat(2))
     ((3,), True)
     """
+    f = as_function(f)
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}; the function comes first")
     if not arrays:

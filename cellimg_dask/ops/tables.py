@@ -11,13 +11,21 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.named import as_function
 from cellimg_dask.geometry import CellGrid, Halo, Roi, as_int, as_ints
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of
 from cellimg_dask.image.input import Input, as_input
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.frames import frame_of
-from cellimg_dask.ops.masks import Extra, Masks, MeasureMasks, merge_masks, select_masks
+from cellimg_dask.ops.masks import (
+    Extra,
+    Masks,
+    MeasureMasks,
+    merge_masks,
+    needs_image,
+    select_masks,
+)
 from cellimg_dask.ops.objects import Objects, Wants, measure, merge, select
 from cellimg_dask.ops.properties import (
     MASK_PROPERTIES,
@@ -48,7 +56,9 @@ def region_table(
     *,
     spacing: float | Iterable[float] | None = None,
     max_extent: SupportsIndex | Iterable[SupportsIndex] | None = None,
-    extra_properties: Iterable[Callable[..., Any] | tuple[Callable[..., Any], DTypeLike]] = (),
+    extra_properties: Iterable[
+        Callable[..., Any] | str | tuple[Callable[..., Any] | str, DTypeLike]
+    ] = (),
     npartitions: SupportsIndex = 1,
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
     cache: CellCache | str | None = "shared",
@@ -80,7 +90,7 @@ def region_table(
         A box in voxels. Objects that fit into it are given to scikit-image as a whole, each in the
         cell where it begins, which is read with that much more around it. Of those that do not,
         properties that need the mask are missing, and the column ``fits`` says so.
-    extra_properties : sequence of callables, or pairs of callable and dtype
+    extra_properties : sequence of callables or names, or pairs of one and a dtype
         As scikit-image's: called with an object's mask, or with mask and image if it has two
         arguments. The column has the function's name and the dtype, default float64;
         ``np.dtype(("f8", (3,)))`` makes three columns. Needs ``max_extent``.
@@ -442,12 +452,20 @@ def _checked_spacing(spacing: Any, ndim: int) -> tuple[float, ...]:
 
 def _extra(given: Any, has_image: bool) -> Extra:
     function, dtype = given if isinstance(given, tuple) else (given, np.float64)
+    function = as_function(function)
     if not callable(function) or not hasattr(function, "__name__"):
         raise TypeError(
             f"extra_properties must be functions with a name, or pairs of one and a dtype, got "
             f"{given!r}"
         )
-    extra = Extra(function, np.dtype(dtype))
+    try:
+        takes_image = needs_image(function)
+    except AttributeError as error:
+        raise TypeError(
+            f"{error}, and so not whether it wants the image; name it by its file, as "
+            f"'path/to/file.py:{function.__name__}'"
+        ) from None
+    extra = Extra(function, np.dtype(dtype), takes_image)
     if extra.name in PROPERTIES or extra.name in MASK_PROPERTIES:
         raise ValueError(f"extra property {extra.name} has the name of another; rename it")
     if extra.needs_image and not has_image:

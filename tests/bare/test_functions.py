@@ -59,7 +59,7 @@ def test_a_function_of_a_module_in_a_folder_that_is_searched_last(module: Any) -
     assert Functions().load({"name": "json:loads", "folders": [folder]}) is json.loads
 
 
-def test_a_file_runs_once_per_process_and_imports_what_stands_beside_it(module: Any) -> None:
+def test_a_file_runs_once_until_it_changes_and_imports_what_stands_beside_it(module: Any) -> None:
     module("shift = 10", "bare_beside")
     folder = module(
         "import dataclasses\nimport bare_beside\n"
@@ -69,10 +69,14 @@ def test_a_file_runs_once_per_process_and_imports_what_stands_beside_it(module: 
     )
     spec = {"file": f"{folder}/signal.py", "name": "f"}
     one = Functions().load(spec)
-    (Path(folder) / "signal.py").write_text("raise SystemExit")
-    two = Functions().load(spec)
     assert one(1) == 16
-    assert one is two
+    assert Functions().load(spec) is one
+    functions = Functions()
+    partial = {"partial": spec, "args": [1]}
+    assert functions.load(partial)() == 16
+    (Path(folder) / "signal.py").write_text("def f(x): return x + 100")
+    assert functions.load(partial)() == 101
+    assert one(1) == 16
     import signal
 
     assert hasattr(signal, "SIGINT")
@@ -247,13 +251,25 @@ def test_who_wants_the_task() -> None:
             r"no module 'no_such_module_at_all' in Python \d+\.\d+\.\d+ at .*python.*; install",
         ),
         ({"name": "json.decoders:f"}, ModuleNotFoundError, "'json.decoders'.*'json' is there, at"),
-        ({"name": "json:laods"}, AttributeError, r"has no 'laods'; did you mean 'loads'.*\(it is"),
-        ({"name": "json:JSONEncoder.encod"}, AttributeError, "no 'encod' in JSONEncoder; .*encode"),
-        ({"name": "math:pi"}, TypeError, "math'?:pi is a float, which cannot be called"),
+        (
+            {"name": "json:laods"},
+            AttributeError,
+            r"no function 'laods'; did .*'loads'.*\(it is",
+        ),
+        (
+            {"name": "json:JSONEncoder.encod"},
+            AttributeError,
+            "'JSONEncoder.encod'; .*encode",
+        ),
+        (
+            {"name": "math:pi"},
+            TypeError,
+            "'pi': that is a float, which cannot be called",
+        ),
         ({"name": "math"}, ValueError, "expected \"module:function\", got 'math'"),
         ({"file": "/no/such/place/f.py", "name": "f"}, FileNotFoundError, "no file /no/such/place"),
         ({"source": "def f(:", "name": "f"}, SyntaxError, ""),
-        ({"source": "def f(): 0", "name": "g"}, AttributeError, "the source has no 'g'"),
+        ({"source": "def f(): 0", "name": "g"}, AttributeError, "the source has no function 'g'"),
         ({"code": "x =", "init": None}, SyntaxError, ""),
         ({"code": "x = 1", "init": "y ="}, SyntaxError, ""),
         ({"code": 5}, TypeError, "'code' of a function must be text, got int"),
