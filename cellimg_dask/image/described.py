@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,11 +39,12 @@ class Call:
 
 def checked_call(
     f: Any,
-    items: Sequence[Input],
+    items: Iterable[Input],
     params: Mapping[str, Any] | None,
     *,
     halo: HaloLike | None = None,
     dtype: DTypeLike | None = None,
+    dtype_read: DTypeLike | None = None,
     of_block: bool = False,
     before: int = 0,
 ) -> Call:
@@ -53,12 +54,14 @@ def checked_call(
     ----------
     f : callable or BlockSchema
         What the user gave.
-    items : sequence of Input
+    items : iterable of Input
         Its arrays.
     params : mapping, optional
         Its keyword parameters.
     halo, dtype
         As given; None where they were not.
+    dtype_read : dtype, optional
+        What the arrays are made before the function is given them.
     of_block : bool
         Whether it is called with a `Block`, so that its own signature says nothing of arrays.
     before : int
@@ -71,15 +74,16 @@ def checked_call(
     TypeError, ValueError
         If an array is not what the schema says.
     """
+    items = list(items)
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(f"params must be a mapping of names, got {type(params).__name__}")
     if not isinstance(f, BlockSchema):
         if not of_block:
             _check_names(f, before + len(items), params or {})
-        return Call(f, list(items), params, halo, dtype)
+        return Call(f, items, params, halo, dtype)
     arrays = _arrays_of(f, items)
     for number, (item, array) in enumerate(zip(items, arrays, strict=True)):
-        _check_array(f"input {number} ({array.name}) of {f.name}", item, array)
+        _check_array(f"input {number} ({array.name}) of {f.name}", item, array, dtype_read)
     values = f.validate(params)
     if halo is None:
         halo = next((array.halo for array in arrays if array.halo is not None), None)
@@ -92,7 +96,7 @@ def checked_call(
         ]
     if dtype is None and len(f.outputs) == 1:
         dtype = f.outputs[0].concrete
-    return Call(f.function, list(items), values, halo, dtype)
+    return Call(f.function, items, values, halo, dtype)
 
 
 def _arrays_of(schema: BlockSchema, items: Sequence[Input]) -> list[Array]:
@@ -111,8 +115,8 @@ def _arrays_of(schema: BlockSchema, items: Sequence[Input]) -> list[Array]:
     return arrays[: len(items)]
 
 
-def _check_array(what: str, item: Input, array: Array) -> None:
-    given = np.dtype(getattr(item.array.dtype, "numpy_dtype", item.array.dtype))
+def _check_array(what: str, item: Input, array: Array, dtype_read: DTypeLike | None) -> None:
+    given = np.dtype(dtype_read or getattr(item.array.dtype, "numpy_dtype", item.array.dtype))
     if not array.accepts(given):
         names = " or ".join(array.dtype)
         raise TypeError(f"{what} is of dtype {given}, expected {names}; convert it first")
@@ -153,6 +157,7 @@ def _check_names(f: Callable[..., Any], num_given: int, params: Mapping[str, Any
             mistakes[name] = unknown_name(name, known)
     for name, one in known.items():
         if one.default is one.empty and name not in params:
-            mistakes[name] = "is missing: the function has no default for it"
+            more = ", or one more array" if one in positional else ""
+            mistakes[name] = f"is missing: give it in params{more}"
     if mistakes:
         raise ParameterError(function_name(f), mistakes)

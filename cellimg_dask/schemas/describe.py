@@ -22,6 +22,7 @@ def describe(
     env: Environment | None = None,
     *,
     inputs: int | None = None,
+    before: int = 0,
     strict: bool = True,
     timeout_s: float = 300.0,
 ) -> BlockSchema:
@@ -42,6 +43,8 @@ def describe(
         Where a function that is named can be imported. It is not imported here then.
     inputs : int, optional
         How many of the first parameters are arrays, where the signature does not say so.
+    before : int
+        How many parameters come before the arrays and are none, such as the model of `segment`.
     strict : bool
         Whether a parameter of a type that JSON cannot say is an error; else it is not checked.
     timeout_s : float
@@ -109,7 +112,7 @@ def describe(
     else:
         reference = f"{said['place']}:{said['name']}"
     return schema_from_signature(
-        said, function, reference, types_of=here, inputs=inputs, strict=strict
+        said, function, reference, types_of=here, inputs=inputs, before=before, strict=strict
     )
 
 

@@ -27,6 +27,7 @@ def schema_from_signature(
     *,
     types_of: Callable[..., Any] | None = None,
     inputs: int | None = None,
+    before: int = 0,
     strict: bool = True,
 ) -> BlockSchema:
     """Return the schema of a function.
@@ -42,7 +43,9 @@ def schema_from_signature(
     types_of : callable, optional
         The function itself, if it is here.
     inputs : int, optional
-        How many of the first parameters are arrays; default: what annotations and docstring say.
+        How many parameters are arrays; default: what annotations and docstring say.
+    before : int
+        How many parameters come before these.
     strict : bool
         Whether a parameter of a type that JSON cannot say is an error; else it is not checked.
 
@@ -58,7 +61,7 @@ def schema_from_signature(
     required: list[str] = []
     more: Any = False
     open_ = True
-    for number, entry in enumerate(said["parameters"]):
+    for number, entry in enumerate(said["parameters"][before:]):
         own, kind = entry["name"], entry["kind"]
         doc = documented.get(own, DocEntry("", ""))
         if own == "task" and kind != "positional_only":

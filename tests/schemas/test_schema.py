@@ -179,8 +179,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "plain",
         {"n_iter": 2, "verbose": 1},
-        "verbose: expected a boolean, got 1\n"
-        + "  threshold: is missing: expected anything (From 0 on.)",
+        """verbose: expected a boolean, got 1
+  threshold: is missing: expected anything (From 0 on.)""",
     ),
 ]
 
