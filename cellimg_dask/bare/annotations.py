@@ -50,10 +50,17 @@ _BOUNDS = {
     "multiple_of": "multipleOf",
 }
 _LENGTHS = {"min_length": ("minLength", "minItems"), "max_length": ("maxLength", "maxItems")}
-_NDARRAY = getattr(npt, "NDArray", np.ndarray)
-"""Since NumPy 1.21."""
 _CHECKS = ("func", "__get_pydantic_core_schema__", "__get_validators__", "strict", "predicate")
 """Attributes of what checks values in ways that JSON Schema has no word for."""
+
+
+class _NDArray:
+    """What ``NDArray`` is before NumPy 1.21."""
+
+    scalar: Any = None
+
+    def __class_getitem__(cls, scalar: Any) -> Any:
+        return type("NDArray", (_NDArray,), {"scalar": scalar})
 
 
 class Names:
@@ -77,7 +84,7 @@ class Names:
         known: dict[str, Any] = dict(vars(collections.abc))
         known.update({name: getattr(typing, name) for name in typing.__all__})
         known.update(np=np, numpy=np, typing=typing, Path=pathlib.Path, Array=Array)
-        known.update(npt=npt, ArrayLike=npt.ArrayLike, NDArray=_NDARRAY)
+        known.update(npt=npt, ArrayLike=npt.ArrayLike, NDArray=getattr(npt, "NDArray", _NDArray))
         known.update(self._space)
         known["__cellimg_union__"] = typing.Union
         code = compile(ast.fix_missing_locations(tree), "<annotation>", "eval")
@@ -193,8 +200,11 @@ def _array(annotation: Any, names: Names) -> Array | None:
     alias = getattr(origin, "__value__", None)
     if alias is not None and arguments:
         return _array(alias[arguments], names)
-    if isinstance(annotation, type) and origin is None and issubclass(annotation, np.ndarray):
-        return Array()
+    if isinstance(annotation, type) and origin is None:
+        if issubclass(annotation, _NDArray):
+            return Array(dtype=_dtype_names([annotation.scalar], names))
+        if issubclass(annotation, np.ndarray):
+            return Array()
     if not (isinstance(origin, type) and issubclass(origin, np.ndarray)):
         return None
     scalars = [

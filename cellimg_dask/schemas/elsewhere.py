@@ -15,6 +15,10 @@ _PROGRAM = """
 import sys
 if sys.version_info < (3, 9):
     sys.exit("Python %d.%d is too old: 3.9 or newer is needed" % sys.version_info[:2])
+try:
+    import numpy
+except ImportError as error:
+    sys.exit("NumPy is needed there, and there is none: %s" % error)
 import types
 package = types.ModuleType("cellimg_worker")
 package.__path__ = [sys.argv[1]]
