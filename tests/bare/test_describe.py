@@ -134,7 +134,7 @@ def test_nothing_is_imported_here(file):
 def test_a_module_is_looked_for_in_the_working_folder(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     schema = describe("described_elsewhere:smooth", env=Here())
-    assert list(schema.parameters["properties"])[0] == "sigma"
+    assert next(iter(schema.parameters["properties"])) == "sigma"
 
 
 FAILURES: list[tuple[str, type[Exception], str]] = [

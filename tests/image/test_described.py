@@ -112,7 +112,7 @@ def test_a_function_of_a_block_is_described_in_a_file(described):
     assert lazy.dtype == "i8"
     assert halos(lazy) == [((1, 1), (1, 1))]
     np.testing.assert_array_equal(lazy[...], IMAGE * 3)
-    with pytest.raises(ParameterError, match="factor: expected an integer, got 1.5"):
+    with pytest.raises(ParameterError, match=r"factor: expected an integer, got 1\.5"):
         ci.fill_cells(schema, ci.CellGrid(IMAGE.shape, 8), IMAGE, params={"factor": 1.5})
 
 
