@@ -13,10 +13,12 @@ import pytest
 import cellimg_dask as ci
 
 PUBLIC = [
+    "Array",
     "Block",
     "BlockCode",
     "BlockError",
     "BlockQueue",
+    "BlockSchema",
     "BlockTimeoutError",
     "BlockUpdate",
     "CacheStats",
@@ -36,6 +38,7 @@ PUBLIC = [
     "NamedFunction",
     "NoContentError",
     "NoWorkersError",
+    "ParameterError",
     "Pyramid",
     "QueueClosedError",
     "ReadError",
@@ -54,6 +57,7 @@ PUBLIC = [
     "WorkerDiedError",
     "blob_dog",
     "blob_log",
+    "describe",
     "fill_cells",
     "get_cache",
     "get_worker",
