@@ -18,6 +18,7 @@ __all__ = [
     "BlockError",
     "CellimgError",
     "CycleError",
+    "EnvError",
     "InitError",
     "NoWorkersError",
     "ParameterError",
@@ -119,6 +120,10 @@ class CycleError(CellError, RuntimeError):
 
 class InitError(CellimgError, RuntimeError):
     """The ``init`` of a block function or of a queue failed; no block ran after it."""
+
+
+class EnvError(CellimgError, RuntimeError):
+    """Another Python environment cannot be used or made; the message says what would help."""
 
 
 class WorkerDiedError(BlockError):

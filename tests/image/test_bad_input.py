@@ -151,7 +151,8 @@ def test_fill_cells_refuses_at_once(
     ("call", "error", "says"),
     [
         (lambda: ci.map_cells(untouched), TypeError, r"at least one input; fill_cells makes"),
-        (lambda: ci.map_cells("f", IMAGE), TypeError, r"f must be callable, got str"),
+        (lambda: ci.map_cells(5, IMAGE), TypeError, r"f must be callable, got int"),
+        (lambda: ci.map_cells("f", IMAGE), ValueError, r"'f' has no colon.*module:function"),
         (lambda: ci.map_cells(IMAGE, untouched), TypeError, r"f must be callable, got ndarray"),
         (
             lambda: ci.fill_cells(3, ci.CellGrid((4,), 2), dtype=int),
