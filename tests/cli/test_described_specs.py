@@ -289,11 +289,11 @@ def test_the_description_and_the_mistakes_of_the_reference(run):
         "target": "out.zarr",
         "params": {"sigma": [-1, 2, 2], "sgima": 2},
     }
-    Path("spec.yaml").write_text(yaml.safe_dump({"stages": {"smooth": stage}}))
+    Path("spec.yaml").write_text(yaml.safe_dump({"stages": {"smooth": stage}}, sort_keys=False))
     refused = run("run", "spec.yaml")
     assert refused.stderr.endswith(f"Error: {mistakes}")
     del stage["params"]
-    Path("spec.yaml").write_text(yaml.safe_dump({"stages": {"smooth": stage}}))
+    Path("spec.yaml").write_text(yaml.safe_dump({"stages": {"smooth": stage}}, sort_keys=False))
     done = run("run", "spec.yaml", "--no-progress")
     assert done.exit_code == 0, done.output
     assert run("info", "smooth.yaml").exit_code == 0
