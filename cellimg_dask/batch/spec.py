@@ -14,6 +14,7 @@ from cellimg_dask.schemas.description import is_description
 
 __all__ = [
     "KINDS",
+    "CondaSpec",
     "EnvSpec",
     "ImageStage",
     "InputSpec",
@@ -86,6 +87,8 @@ class UvSpec(_Model):
     """Version of Python, in quotes, such as ``"3.12"``."""
     pip: list[str] = []
     """Packages, such as ``numpy<2``."""
+    download: bool = False
+    """Whether uv may be downloaded."""
 
     @field_validator("python", mode="before")
     @classmethod
@@ -97,43 +100,62 @@ class UvSpec(_Model):
         return value
 
 
+class CondaSpec(_Model):
+    """An environment with packages of conda."""
+
+    file: str | None = None
+    """An ``environment.yml``, or for pixi its own, relative to the spec's folder, in place of all
+    else."""
+    packages: list[str] = []
+    """Of conda, such as ``python=3.10``."""
+    pip: list[str] = []
+    """Packages, such as ``numpy<2``."""
+    channels: list[str] | None = None
+    """Where packages of conda are from; default: conda-forge."""
+    download: bool = False
+    """Whether the tool that makes it may be downloaded."""
+
+
 class EnvSpec(_Model):
     """Another Python, by one of these."""
 
     venv: str | None = None
     """Folder of a virtual environment, relative to the spec's."""
     uv: UvSpec | None = None
-    """One that uv makes, with ``python`` and ``pip``."""
-    conda: dict[str, Any] | None = None
-    """One of conda's, with the arguments of ``Env.conda``."""
-    pixi: dict[str, Any] | None = None
-    """One of pixi's, with the arguments of ``Env.pixi``."""
+    """One that uv makes, with python and pip."""
+    conda: CondaSpec | None = None
+    """One that micromamba makes, with a file, or with packages and pip."""
+    pixi: CondaSpec | None = None
+    """One that pixi makes, with a file, or with packages and pip."""
+    variables: dict[str, str] = {}
+    """Environment variables for its processes."""
 
     @property
     def kind(self) -> str:
         """Which one it is."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+        return next(name for name in _ENVIRONMENTS if getattr(self, name) is not None)
 
     @property
-    def made(self) -> bool:
+    def is_made(self) -> bool:
         """Whether it may have to be made first."""
         return self.venv is None
 
     def __str__(self) -> str:
-        if self.uv is not None:
-            packages = ", ".join(self.uv.pip) or "no packages"
-            return f"uv, Python {self.uv.python or 'of any version'} with {packages}"
         given = getattr(self, self.kind)
-        if isinstance(given, dict):
-            given = ", ".join(f"{key} {value}" for key, value in given.items())
-        return f"{self.kind} {given}"
+        if isinstance(given, str):
+            return f"{self.kind} {given}"
+        facts = given.model_dump(exclude_defaults=True)
+        texts = [f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in facts.items()]
+        return f"{self.kind} with {'; '.join(texts)}" if texts else self.kind
 
     @model_validator(mode="after")
     def _one_kind(self) -> EnvSpec:
-        names = list(type(self).model_fields)
-        if sum(getattr(self, name) is not None for name in names) != 1:
-            raise ValueError(f"give one of {', '.join(names)}")
+        if sum(getattr(self, name) is not None for name in _ENVIRONMENTS) != 1:
+            raise ValueError(f"give one of {', '.join(_ENVIRONMENTS)}")
         return self
+
+
+_ENVIRONMENTS = ("venv", "uv", "conda", "pixi")
 
 
 class QueueSpec(_Model):
@@ -533,6 +555,7 @@ _MODELS: tuple[type[_Model], ...] = (
     SlurmSpec,
     EnvSpec,
     UvSpec,
+    CondaSpec,
 )
 
 
