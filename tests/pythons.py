@@ -86,7 +86,7 @@ def make_environment(folder: Path, python: str, requirements: Sequence[str]) -> 
 
 def _build(place: Path, python: str, requirements: Sequence[str]) -> None:
     install = [
-        *("install", "--quiet", "--no-input", "--disable-pip-version-check"),
+        *("install", "--quiet", "--no-input", "--no-compile", "--disable-pip-version-check"),
         *("--only-binary", ":all:", "--retries", "1", "--timeout", "20", *requirements),
     ]
     inside = str(_python_in(place))

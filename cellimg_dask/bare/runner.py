@@ -60,7 +60,7 @@ class Runner(Runtime):
             args = [Block(Outline(request["block"]), data, tuple(args), kwargs)]
             kwargs = {}
         if with_task:
-            kwargs["task"] = server.task()
+            kwargs.setdefault("task", server.task())
         result = function(*args, **kwargs)
         return {"outputs": self._given_out(result, segment, request["end"], server)}, []
 

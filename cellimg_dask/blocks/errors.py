@@ -9,7 +9,7 @@ where the cause itself does not.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cellimg_dask.geometry import Roi
@@ -19,8 +19,10 @@ __all__ = [
     "BlockTimeoutError",
     "CellimgError",
     "CycleError",
+    "EnvError",
     "InitError",
     "NoWorkersError",
+    "ParameterError",
     "QueueClosedError",
     "ReadError",
     "RemoteError",
@@ -118,7 +120,7 @@ class CycleError(CellError, RuntimeError):
     """A cell was asked for, directly or through others, while it was being computed."""
 
 
-class RemoteError(RuntimeError):
+class RemoteError(CellimgError, RuntimeError):
     """What a function raised in another environment, of a class that is not known here.
 
     The text says the class, and a note has the traceback.
@@ -131,6 +133,10 @@ class InitError(CellimgError, RuntimeError):
 
 class BlockTimeoutError(BlockError, TimeoutError):
     """A block took longer than its queue allows; its worker process was killed."""
+
+
+class EnvError(CellimgError, RuntimeError):
+    """Another Python environment cannot be used or made; the message says what would help."""
 
 
 class WorkerDiedError(BlockError):
@@ -169,3 +175,22 @@ class SaveError(CellimgError, OSError):
 
 class QueueClosedError(CellimgError, RuntimeError):
     """The queue was closed before the block was computed."""
+
+
+class ParameterError(CellimgError, ValueError):
+    """Parameters do not fit the block function that they are for; nothing has run.
+
+    The message names the function and every parameter that is wrong: what was expected, and what
+    came.
+    """
+
+    def __init__(self, function: str, mistakes: Mapping[str, str]) -> None:
+        lines = [f"  {name}: {text}" for name, text in mistakes.items()]
+        super().__init__("\n".join([f"parameters of {function}:", *lines]))
+        self.function = function
+        """Name of the block function."""
+        self.mistakes = dict(mistakes)
+        """What is wrong, by the name of the parameter, such as ``sigma`` or ``sigma[1]``."""
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.function, self.mistakes

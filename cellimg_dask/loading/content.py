@@ -61,9 +61,10 @@ class Image(Protocol):
 class ContentKeys:
     """Makes the keys of an image's cells.
 
-    A key tells the function, its parameters, the queue's ``init`` and environment, grid, halo, boundary, dtype,
-    the cell, and what the cell reads of each input, halo included: bytes of an array, the files
-    of a store's chunks with size and time of change, the keys of another image's cells.
+    A key tells the function, its parameters, the queue's ``init`` and environment, grid, halo,
+    boundary, dtype, the cell, and what the cell reads of each input, halo included: bytes of an
+    array, the files of a store's chunks with size and time of change, the keys of another image's
+    cells.
 
     Parameters
     ----------

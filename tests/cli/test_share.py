@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,30 @@ def test_what_the_dead_left_is_removed(run: Any, name: str) -> None:
 def test_sharing_imports_what_it_needs_only(imported: Any) -> None:
     assert not imported("shared", "--help") & {"dask", "zarr", "tifffile", "h5py"}
     assert not imported("share", "--help") & {"dask", "zarr", "tifffile", "h5py"}
+
+
+def test_told_to_end_while_it_reads_it_leaves_nothing(
+    run: Any, files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("cellimg_dask.cli.share")
+
+    class Ending:
+        shape, dtype = (2, 2), np.dtype("u1")
+
+        def __getitem__(self, key: Any) -> Any:
+            assert exists(name)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return np.zeros((2, 2), "u1")[key]
+
+    chosen = module._chosen
+
+    def ending(*arguments: Any) -> Any:
+        return replace(chosen(*arguments), read=Ending)
+
+    monkeypatch.setattr(module, "_chosen", ending)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run("share", files["gray.png"], "--name", name)
+    assert result.exit_code == 1
+    assert "Aborted!" in result.output
+    assert not exists(name)
+    assert signal.getsignal(signal.SIGTERM) is before

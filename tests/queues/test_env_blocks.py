@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import scipy.ndimage as ndi
@@ -35,6 +36,11 @@ def smooth(a, width=1):
         for step in range(-width, width + 1):
             total = total + np.roll(a, step, axis)
     return total
+
+def approximate(a, level=1):
+    import pywt
+
+    return pywt.wavedec2(a, "haar", level=level)[0]
 
 def version(a):
     major, minor = np.__version__.split(".")[:2]
@@ -222,6 +228,18 @@ def test_arrays_of_any_dtype_go_there_and_back(queue: ci.BlockQueue, dtype: Any)
         same, ci.CellGrid(image.shape, (3, 4)), image, dtype=native, queue=queue
     )[...]
     np.testing.assert_array_equal(result, image)
+
+
+def test_a_package_that_is_not_here(queue: ci.BlockQueue, file: str, shared_data: Any) -> None:
+    with pytest.raises(ImportError):
+        import pywt  # noqa: F401
+    tifffile = pytest.importorskip("tifffile")
+    image = tifffile.imread(shared_data / "brain_signal.tif")[4, :240, :240].astype(float)
+    there = ci.map_cells(
+        f"{file}:approximate", image, dtype=float, shrink=2, cell_shape=(30, 40), queue=queue
+    )[...]
+    here = image.reshape(120, 2, 120, 2).sum((1, 3)) / 2
+    np.testing.assert_allclose(there, here, rtol=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0, 2), (1, 1, 1, 1), (5, 4, 3)])
@@ -572,6 +590,15 @@ queue.close()
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_processes_of_dask_have_workers_of_their_own(
+    queue: ci.BlockQueue, file: str, data: Any
+) -> None:
+    image = ci.map_cells(f"{file}:double", data, dtype=np.uint8, cell_shape=16, queue=queue)
+    lazy = image.to_dask()
+    with dask.config.set(scheduler="processes", num_workers=1):
+        np.testing.assert_array_equal(lazy.compute(), 2 * data)
 
 
 @pytest.fixture(scope="module")
