@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pythons
 import support
 from hypothesis import HealthCheck, settings
 from support import PATIENCE_S
@@ -48,6 +49,40 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the checkout: the real volume is not here")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def environments(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Path:
+    """Folder where environments that tests make are kept, from one run to the next if it can be."""
+    cache = getattr(request.config, "cache", None)
+    if cache is not None:
+        return Path(cache.mkdir("environments"))
+    base: Path = tmp_path_factory.getbasetemp()
+    # All processes of a run share the folder above theirs.
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "environments"
+
+
+@pytest.fixture(scope="session")
+def make_environment(environments: Path) -> Callable[..., str]:
+    """Make environments: ``make_environment("numpy==1.26.4", python=…)`` gives its Python.
+
+    Each is made once; the test is skipped where pip reaches no index.
+    """
+
+    def make(*requirements: str, python: str = sys.executable) -> str:
+        try:
+            return pythons.make_environment(environments, python, requirements)
+        except pythons.NoEnvironmentError as error:
+            pytest.skip(f"no other environment can be made here: {error}")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def other_python(make_environment: Callable[..., str]) -> str:
+    """Another Python that has an old NumPy and nothing else: the oldest of this machine."""
+    python, numpy = pythons.oldest()
+    return make_environment(f"numpy=={numpy}", python=python)
 
 
 @pytest.fixture

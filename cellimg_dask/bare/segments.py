@@ -33,6 +33,9 @@ LONGEST_NAME = 30 if sys.platform == "darwin" else 200
 # The last one is the process's own limit.
 _NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 
+# By whom a name was made known to this process's resource tracker last.
+_tracked: dict[str, list[int]] = {}
+
 # Whatever goes into one message to every version of the resource tracker.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -70,7 +73,7 @@ class Segment:
     """
 
     def __init__(
-        self, name: str, mapping: mmap.mmap, descriptor: int, readonly: bool, creator: int
+        self, name: str, mapping: mmap.mmap, opened: list[int], readonly: bool, creator: int
     ) -> None:
         self.name = name
         """The name, without a leading slash."""
@@ -81,8 +84,9 @@ class Segment:
         # The arrays hold this array and it the mapping, which is never closed by a call: PyPy
         # would unmap it under their eyes.
         self._bytes: np.ndarray[Any, Any] | None = np.frombuffer(mapping, np.uint8)
-        self._descriptor = descriptor
-        self._identity = _identity(descriptor)
+        # No descriptor is kept; the mapping has one of its own.
+        self._identity = _identity(opened)
+        self._opened = opened
         self._creator = creator
 
     def __repr__(self) -> str:
@@ -143,25 +147,26 @@ class Segment:
             ) from error
 
     @property
+    def is_creator(self) -> bool:
+        """Whether this process made it and has not removed it."""
+        return self._creator == os.getpid()
+
+    @property
     def is_removed(self) -> bool:
         """Whether it has been removed and lives only where it is mapped; False if unknown."""
         if sys.platform == "win32":
             # Windows removes it with the last handle.
             return False
-        descriptor = self._descriptor
-        if descriptor >= 0 and sys.platform != "darwin":
-            with suppress(OSError):
-                return os.fstat(descriptor).st_nlink == 0
         opened: list[int] = []
         try:
             _open(opened, self.name, os.O_RDONLY)
-            return _identity(opened[0]) != self._identity
+            return _identity(opened) != self._identity
         except FileNotFoundError:
             return True
         except OSError:
             return False
         finally:
-            _close_all(opened)
+            _close(opened)
 
     def array(
         self,
@@ -205,9 +210,6 @@ class Segment:
     def close(self) -> None:
         """Let go of the memory; it stays mapped as long as an array of it is alive."""
         self._bytes = None
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
 
     def unlink(self) -> None:
         """Remove the name, and the memory with the last process that has it mapped.
@@ -225,7 +227,10 @@ class Segment:
                 # Somebody may have removed it, and another process taken the name.
                 if not self.is_removed:
                     remove_name(self.name)
-                _untrack(self.name)
+                # So may this one.
+                if _tracked.get(self.name) is self._opened:
+                    del _tracked[self.name]
+                    _untrack(self.name)
             except BaseException:
                 self._creator = creator
                 raise
@@ -257,7 +262,7 @@ if sys.platform == "win32":
         try:
             if _winapi.GetLastError() == _winapi.ERROR_ALREADY_EXISTS:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
-            return cls(name, mmap.mmap(-1, size, tagname=name), -1, False, os.getpid())
+            return cls(name, mmap.mmap(-1, size, tagname=name), [], False, os.getpid())
         finally:
             _winapi.CloseHandle(handle)
 
@@ -274,7 +279,7 @@ if sys.platform == "win32":
             mapping = mmap.mmap(-1, size, tagname=name, access=access)
         finally:
             _winapi.CloseHandle(handle)
-        return cls(name, mapping, -1, readonly, 0)
+        return cls(name, mapping, [], readonly, 0)
 
 else:
 
@@ -284,16 +289,20 @@ else:
             _open(opened, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             # Its tracker removes it where this process is killed.
             _track(name)
+            _tracked[name] = opened
             os.ftruncate(opened[0], size)
             _reserve(opened[0], size)
-            return cls(name, mmap.mmap(opened[0], size), opened[0], False, os.getpid())
+            segment = cls(name, mmap.mmap(opened[0], size), opened, False, os.getpid())
+            _close(opened)
+            return segment
         except BaseException:
             # Also where it is interrupted: it takes a while.
             made = bool(opened)
-            _close_all(opened)
+            _close(opened)
             if made or own_name:
                 remove_name(name)
             if made:
+                _tracked.pop(name, None)
                 # Known to the tracker or not: now it is, once.
                 with suppress(Exception):
                     _track(name)
@@ -308,9 +317,11 @@ else:
             if not size:
                 raise ValueError(f"the shared memory {name!r} is empty: it is still being made")
             access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
-            return cls(name, mmap.mmap(opened[0], size, access=access), opened[0], readonly, 0)
+            segment = cls(name, mmap.mmap(opened[0], size, access=access), opened, readonly, 0)
+            _close(opened)
+            return segment
         except BaseException:
-            _close_all(opened)
+            _close(opened)
             raise
 
 
@@ -319,16 +330,18 @@ def _open(opened: list[int], name: str, flags: int) -> None:
     opened.extend(map(_posixshmem.shm_open, (f"/{name}",), (flags,), (0o600,)))
 
 
-def _close_all(opened: list[int]) -> None:
-    while opened:
-        os.close(opened.pop())
+def _close(opened: list[int]) -> None:
+    for descriptor in opened:
+        if descriptor >= 0:
+            opened[0] = -1
+            os.close(descriptor)
 
 
-def _identity(descriptor: int) -> tuple[int, int]:
+def _identity(opened: list[int]) -> tuple[int, int]:
     """Tell a segment from a later one of the same name, where the system can."""
-    if descriptor < 0:
+    if not opened:
         return (0, 0)
-    status = os.fstat(descriptor)
+    status = os.fstat(opened[0])
     return (status.st_dev, status.st_ino)
 
 

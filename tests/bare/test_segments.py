@@ -189,6 +189,8 @@ def test_descriptors_are_given_back(
         other = Segment.attach(segment.name)
         other.array((10,), "u1")
         other.close()
+        # This one is left to the interpreter.
+        Segment.attach(segment.name).array((10,), "u1")
         with pytest.raises(FileExistsError):
             Segment.create(segment.name, 10)
         with pytest.raises(FileNotFoundError):
