@@ -22,6 +22,7 @@ FLOORS: dict[str, float] = {
     "bare": -1,  # Runs without the rest of the package.
     "geometry": 0,
     "blocks": 1,
+    "schemas": 1.5,  # Knows functions and their errors, and nothing of images.
     "state": 2,
     "loading": 3,
     "queues": 3.5,  # The upper landing of floor 3: the loader knows queues by a protocol only.
@@ -178,6 +179,9 @@ HEAVY = [
     "matplotlib",
     "imageio",
     "click",
+    "pydantic",
+    "pydantic_core",
+    "yaml",
 ]
 
 

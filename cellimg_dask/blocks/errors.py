@@ -9,7 +9,7 @@ where the cause itself does not.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cellimg_dask.geometry import Roi
@@ -21,6 +21,7 @@ __all__ = [
     "CycleError",
     "InitError",
     "NoWorkersError",
+    "ParameterError",
     "QueueClosedError",
     "ReadError",
     "ResultError",
@@ -161,3 +162,22 @@ class SaveError(CellimgError, OSError):
 
 class QueueClosedError(CellimgError, RuntimeError):
     """The queue was closed before the block was computed."""
+
+
+class ParameterError(CellimgError, ValueError):
+    """Parameters do not fit the block function that they are for; nothing has run.
+
+    The message names the function and every parameter that is wrong: what was expected, and what
+    came.
+    """
+
+    def __init__(self, function: str, mistakes: Mapping[str, str]) -> None:
+        lines = [f"  {name}: {text}" for name, text in mistakes.items()]
+        super().__init__("\n".join([f"parameters of {function}:", *lines]))
+        self.function = function
+        """Name of the block function."""
+        self.mistakes = dict(mistakes)
+        """What is wrong, by the name of the parameter, such as ``sigma`` or ``sigma[1]``."""
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.function, self.mistakes

@@ -1,4 +1,4 @@
-"""``cellimg info``: what a file holds, and how it would be cut into cells."""
+"""``cellimg info``: what a file holds, or what a block function takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cellimg_dask.cli.files import SAMPLES, Stored, open_file
+from cellimg_dask.cli.functions import hint_for, is_function, show_function
 from cellimg_dask.cli.sizes import format_bytes
 
 __all__ = ["info"]
@@ -16,15 +17,36 @@ _HALO = 8
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
-def info(file: Path) -> None:
-    """Show what FILE holds and how map_cells would cut it into cells.
+@click.argument("what")
+@click.option("--json", "as_json", is_flag=True, help="Of a function: print the description.")
+@click.option(
+    "--env",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Of a function: the virtual environment in which it is imported.",
+)
+def info(what: str, as_json: bool, env: Path | None) -> None:
+    """Show what a file holds, or what a block function takes and gives.
 
-    FILE is a TIFF, PNG, JPEG, .npy or HDF5 file, or a folder with a zarr array or group (version
-    2 or 3). Every array in it is listed. Nothing is decoded and nothing on disk is changed.
+    WHAT is an image: a TIFF, PNG, JPEG, .npy or HDF5 file, or a folder with a zarr array or group
+    (version 2 or 3). Every array in it is listed, and how map_cells would cut it into cells.
+    Nothing is decoded and nothing on disk is changed.
+
+    Or it is a function, as module:function or file.py:function, which is imported, or the
+    description of one in a YAML or JSON file. With --json it is printed as such a description.
     """
-    with open_file(file) as arrays:
-        click.echo(f"{file}: {arrays[0].kind}, {_count(len(arrays), 'array')}")
+    path = Path(what)
+    if is_function(what):
+        show_function(what, env, as_json=as_json)
+        return
+    for given, option in ((as_json, "--json"), (env is not None, "--env")):
+        if given:
+            raise click.UsageError(f"{option} is for functions, and {what} is none")
+    if not path.exists():
+        raise click.BadParameter(f"Path {what!r} does not exist.{hint_for(what)}")
+    if path.suffix == ".py":
+        raise click.UsageError(f"{what} is a file of functions; name one of them{hint_for(what)}")
+    with open_file(path) as arrays:
+        click.echo(f"{path}: {arrays[0].kind}, {_count(len(arrays), 'array')}")
         for stored in arrays:
             if stored.name:
                 click.echo(f"\n{stored.name}")

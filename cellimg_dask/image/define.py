@@ -23,6 +23,7 @@ from cellimg_dask.blocks.plan import AxisLink, InputPlan, Planner
 from cellimg_dask.blocks.wrappers import function_name
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, as_int, as_ints, check_boundary
 from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import Input, as_input, follow
 from cellimg_dask.image.source import Source
 from cellimg_dask.loading.loader import CellLoader
@@ -39,7 +40,7 @@ _DEFAULT_VOXELS_LOG2 = 20
 def map_cells(
     f: Callable[..., Any] | str,
     *inputs: Any,
-    halo: HaloLike = 0,
+    halo: HaloLike | None = None,
     boundary: str = "none",
     fill_value: Any = 0,
     dtype: DTypeLike | None = None,
@@ -60,17 +61,19 @@ def map_cells(
 
     Parameters
     ----------
-    f : callable or str
+    f : callable, str or BlockSchema
         From arrays to an array; called from several threads at once. Named as
-        ``"module:function"`` or ``"path/to/file.py:function"`` it is imported where it runs.
+        ``"module:function"`` or ``"path/to/file.py:function"`` it is imported where it runs. A
+        schema, see `describe`, says halo and dtype where these are not given, and what inputs and
+        parameters have to be.
     *inputs : array-like or Input
         NumPy, memory-mapped, zarr, h5py, tensorstore or dask arrays, lazy images, anything with
         ``shape``, ``dtype`` and ``__getitem__``. Shapes are equal or broadcast as in NumPy;
         `Input` gives an input its own halo, boundary or mapping.
-    halo : int, per-axis ints, or per-axis (before, after) pairs
-        Extra voxels that a block reads, in axes of the inputs; any width. One width for all
-        axes leaves out those of ``drop_axis``. Where ``shrink`` is above 1 it is rounded up to a
-        multiple, so that blocks stay in phase.
+    halo : int, per-axis ints, or per-axis (before, after) pairs, optional
+        Extra voxels that a block reads, in axes of the inputs; any width. Default: none. One width
+        for all axes leaves out those of ``drop_axis``. Where ``shrink`` is above 1 it is rounded up
+        to a multiple, so that blocks stay in phase.
     boundary : {"none", "constant", "reflect", "symmetric", "edge", "wrap"}
         What lies beyond the image. ``"none"`` clips the halo there, so a local function with
         its own border handling gives the whole-image result; the others mean what
@@ -85,6 +88,7 @@ def map_cells(
         (cells for a lazy image), else about a million voxels.
     params : mapping, optional
         Keyword arguments for ``f``; the same objects for all cells, so ``f`` must not change them.
+        Names that it does not know are an error here, and those that it lacks.
     drop_axis : int or ints
         Axes of the inputs that the result lacks; every cell reads their whole extent.
     new_axis : mapping of int to int, optional
@@ -106,6 +110,8 @@ def map_cells(
 
     Raises
     ------
+    ParameterError
+        If ``params`` are not what ``f`` takes.
     TypeError, ValueError
         If an argument is wrong; the message gives value, axis, what is allowed, and a way out.
 
@@ -126,7 +132,8 @@ def map_cells(
         raise TypeError(f"f must be callable, got {type(f).__name__}{hint}")
     if not inputs:
         raise TypeError("map_cells needs at least one input; fill_cells makes images from none")
-    items = [as_input(value) for value in inputs]
+    call = checked_call(f, map(as_input, inputs), params, halo=halo, dtype=dtype)
+    items, halo = call.items, 0 if call.halo is None else call.halo
     plain = [item for item in items if item.index_map is None]
     if not plain:
         raise ValueError(
@@ -160,12 +167,12 @@ def map_cells(
             wide: HaloLike = main_halo if len(item.shape) == len(whole) else halo
             plans.append(item.plan(number, None, wide, boundary, fill_value))
     return make_image(
-        ArrayFunction(f),
+        ArrayFunction(call.function),
         CellGrid(shape, cells),
         items,
         plans,
-        _result_dtype(f, dtype, [_dtype_of(item.array) for item in items]),
-        params,
+        _result_dtype(call.function, call.dtype, [_dtype_of(item.array) for item in items]),
+        call.params,
         cache,
         queue,
         version,
@@ -176,8 +183,8 @@ def fill_cells(
     f: Callable[[Block], None] | BlockCode | str,
     grid: CellGrid,
     *inputs: Any,
-    dtype: DTypeLike,
-    halo: HaloLike = 0,
+    dtype: DTypeLike | None = None,
+    halo: HaloLike | None = None,
     boundary: str = "none",
     fill_value: Any = 0,
     params: Mapping[str, Any] | None = None,
@@ -189,18 +196,18 @@ def fill_cells(
 
     Parameters
     ----------
-    f : callable, BlockCode or str
+    f : callable, BlockCode, str or BlockSchema
         Given a `Block`: ``data`` to write, ``inputs`` to read, ``index``, ``min``, ``max``
         (inclusive), ``dim``, ``halo`` (slices that crop), ``roi``, ``read_roi``, ``position``,
         ``shape``, ``params``. Returns None. Called from several threads at once. May be named
-        as in `map_cells`.
+        or described as in `map_cells`.
     grid : CellGrid
         Shape of the image and of its cells.
     *inputs : array-like or Input
         As in `map_cells`; shapes equal the grid's or broadcast to it, else
         ``Input(array, index_map=…)``.
     dtype : dtype
-        Of the image.
+        Of the image; may be left out for a schema that says it.
     halo, boundary, fill_value, params, cache, queue, version
         As in `map_cells`.
 
@@ -210,6 +217,8 @@ def fill_cells(
 
     Raises
     ------
+    ParameterError
+        If ``params`` are not what a schema says.
     TypeError, ValueError
         If an argument is wrong.
 
@@ -229,9 +238,10 @@ def fill_cells(
             f"grid must be a CellGrid, got {type(grid).__name__}; "
             f"make one by CellGrid(shape, cell_shape)"
         )
-    if dtype is None:
+    call = checked_call(f, map(as_input, inputs), params, halo=halo, dtype=dtype, of_block=True)
+    items, halo = call.items, 0 if call.halo is None else call.halo
+    if call.dtype is None:
         raise TypeError("fill_cells cannot know the dtype: give dtype=…")
-    items = [as_input(value) for value in inputs]
     links = [AxisLink(axis) for axis in range(grid.ndim)]
     main_halo = Halo.of(halo, grid.ndim)
     plans = []
@@ -241,8 +251,18 @@ def fill_cells(
         else:
             wide: HaloLike = main_halo if len(item.shape) == grid.ndim else halo
             plans.append(item.plan(number, None, wide, boundary, fill_value))
-    checked = _checked_dtype(dtype)
-    return make_image(FillFunction(f), grid, items, plans, checked, params, cache, queue, version)
+    checked = _checked_dtype(call.dtype)
+    return make_image(
+        FillFunction(call.function),
+        grid,
+        items,
+        plans,
+        checked,
+        call.params,
+        cache,
+        queue,
+        version,
+    )
 
 
 def _plan_linked(

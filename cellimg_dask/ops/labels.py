@@ -17,6 +17,7 @@ from cellimg_dask.blocks.named import as_function
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import as_axes, common_shape, grid_of, make_image
+from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import Input, as_input, inherited_halo
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.label_image import BlockLabels, LabelImg
@@ -48,7 +49,7 @@ Link = str | tuple[str, float]
 def map_labels(
     f: Callable[..., Any] | str,
     *inputs: Any,
-    halo: HaloLike,
+    halo: HaloLike | None = None,
     link: Link = ("iou", 0.5),
     consecutive: bool = False,
     boundary: str = "none",
@@ -67,7 +68,7 @@ def map_labels(
 
     Parameters
     ----------
-    f : callable or str
+    f : callable, str or BlockSchema
         From arrays, halo included, to integer labels of the same size, 0 for background, or a mask
         for one object; without the axes in ``drop_axis``. It may number objects as it likes, but
         the same for the same arrays: it is called again for blocks that the cache does not hold.
@@ -79,7 +80,7 @@ def map_labels(
         Extra voxels that a block reads, in axes of the labels; at least 1 on one side of each axis
         along which objects are linked. For the result to be that of ``f`` on the whole image, it
         has to hold what an object in the cell needs: the object itself, and what it takes to find
-        it.
+        it. It may be left out for a schema that says it.
     link : "components" or ("iou", threshold)
         ``("iou", t)``: labels are one object if the intersection of what two blocks gave them is
         above ``t`` times the union, in the voxels that both blocks have; for instance segmentation,
@@ -102,6 +103,8 @@ def map_labels(
 
     Raises
     ------
+    ParameterError
+        If ``params`` are not what ``f`` takes.
     ResultError
         On reading, if ``f`` returns labels of another shape or no integers.
 
@@ -123,16 +126,19 @@ def map_labels(
     if not inputs:
         raise TypeError("map_labels needs at least one input")
     check_boundary(boundary)
-    items, layout, dropped = _laid_out(inputs, cell_shape, halo, drop_axis)
+    call = checked_call(f, map(as_input, inputs), params, halo=halo)
+    if call.halo is None:
+        raise TypeError("map_labels needs halo=…: blocks are linked by the voxels that both label")
+    items, layout, dropped = _laid_out(call.items, cell_shape, call.halo, drop_axis)
     modes = frozenset(item.boundary or boundary for item in items)
     blocks = _block_labels(
-        FindObjects(f, layout, modes),
+        FindObjects(call.function, layout, modes),
         items,
         layout,
         dropped=dropped,
         boundary=boundary,
         fill_value=fill_value,
-        params=params,
+        params=call.params,
         cache=cache,
         queue=queue,
         version=version,
@@ -260,7 +266,7 @@ def stitch(
 
 
 def _laid_out(
-    inputs: tuple[Any, ...],
+    inputs: Iterable[Any],
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None,
     halo: HaloLike,
     drop_axis: SupportsIndex | Iterable[SupportsIndex] = (),

@@ -16,6 +16,7 @@ from cellimg_dask.blocks.named import as_function
 from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import CellGrid, Halo, HaloLike, check_boundary
 from cellimg_dask.image.define import grid_of
+from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import Input, as_input
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.frames import frame_of
@@ -33,7 +34,7 @@ __all__ = ["map_points"]
 def map_points(
     f: Callable[..., Any] | str,
     *inputs: Any,
-    halo: HaloLike = 0,
+    halo: HaloLike | None = None,
     columns: Mapping[str, Any] | Iterable[str] | None = None,
     merge: str | tuple[str, float] = "own",
     boundary: str = "none",
@@ -55,7 +56,7 @@ def map_points(
 
     Parameters
     ----------
-    f : callable or str
+    f : callable, str or BlockSchema
         From arrays to points; called from several threads at once. It returns
 
         - an array of shape ``(points, axes + further columns)``, columns in that order, or
@@ -66,8 +67,8 @@ def map_points(
         dtypes of ``columns`` where nothing but the precision of floats is lost.
     *inputs : array-like or Input
         As in `map_cells`. The first has the shape of the image; its axes are those of the points.
-    halo : int, per-axis ints, or per-axis (before, after) pairs
-        Extra voxels that a block reads; any width.
+    halo : int, per-axis ints, or per-axis (before, after) pairs, optional
+        Extra voxels that a block reads; any width. Default: the schema's, else none.
     columns : mapping of names to dtypes, or names, optional
         What ``f`` returns besides the coordinates; names alone mean float64. Any dtype of pandas.
     merge : "own" or ("seam", tol)
@@ -108,6 +109,8 @@ def map_points(
 
     Raises
     ------
+    ParameterError
+        If ``params`` are not what ``f`` takes.
     TypeError, ValueError
         If an argument is wrong; a halo narrower than ``tol`` is. When it is computed, a
         `ResultError` names the cell for which ``f`` returned something else.
@@ -137,7 +140,8 @@ def map_points(
         raise TypeError(f"f must be callable, got {type(f).__name__}{hint}")
     if not inputs:
         raise TypeError("map_points needs at least one input")
-    items = [as_input(value) for value in inputs]
+    call = checked_call(f, map(as_input, inputs), params, halo=halo)
+    items, halo = call.items, 0 if call.halo is None else call.halo
     grid = grid_of(cell_shape, items)
     first, main = items[0], Halo.of(halo, grid.ndim)
     if first.index_map is not None or first.shape != grid.shape:
@@ -156,7 +160,7 @@ def map_points(
                 f"beside what the function itself looks at"
             )
     table = PointTable.of(grid.ndim, axes, columns, voxel_size)
-    finder = _Finder(f, grid, own.before, str(first.boundary), table, tol or 0.0)
+    finder = _Finder(call.function, grid, own.before, str(first.boundary), table, tol or 0.0)
     cells = cell_values(
         finder,
         grid,
@@ -164,7 +168,7 @@ def map_points(
         halo=halo,
         boundary=boundary,
         fill_value=fill_value,
-        params=params,
+        params=call.params,
         # Neighbours read what a cell has found.
         cache=get_cache() if cache is None and tol is not None else cache,
         queue=queue,

@@ -11,6 +11,7 @@ from cellimg_dask.blocks.wrappers import FunctionWrapper, call
 from cellimg_dask.geometry import CellGrid, HaloLike
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import grid_of
+from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import as_input
 from cellimg_dask.image.values import cell_values
 from cellimg_dask.ops.trees import group_shape
@@ -24,7 +25,7 @@ def reduce_cells(
     f: Callable[..., Any] | str,
     combine: Callable[[list[Any]], Any] | str,
     *inputs: Any,
-    halo: HaloLike = 0,
+    halo: HaloLike | None = None,
     boundary: str = "none",
     fill_value: Any = 0,
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
@@ -41,7 +42,7 @@ def reduce_cells(
 
     Parameters
     ----------
-    f : callable or str
+    f : callable, str or BlockSchema
         From one read-only array per input, halo included, to any object.
     combine : callable or str
         From a list of partial results to one of their kind. It is given what ``f`` returned, or
@@ -50,8 +51,8 @@ def reduce_cells(
         what it is given. Of an image without cells it is given an empty list.
     *inputs : array-like or Input
         As in `map_cells`.
-    halo : int, per-axis ints, or per-axis (before, after) pairs
-        Extra voxels that ``f`` is given.
+    halo : int, per-axis ints, or per-axis (before, after) pairs, optional
+        Extra voxels that ``f`` is given. Default: the schema's, else none.
     boundary, fill_value, cell_shape, params
         As in `map_cells`.
     finish : callable or str, optional
@@ -66,6 +67,8 @@ def reduce_cells(
 
     Raises
     ------
+    ParameterError
+        If ``params`` are not what ``f`` takes.
     TypeError, ValueError
         If an argument is wrong.
 
@@ -86,15 +89,16 @@ def reduce_cells(
             raise TypeError(f"{what} must be callable, got {type(function).__name__}")
     if not inputs:
         raise TypeError("reduce_cells needs at least one input")
-    items = [as_input(value) for value in inputs]
+    call = checked_call(f, map(as_input, inputs), params, halo=halo)
+    items = call.items
     cells = cell_values(
-        OfArrays(f),
+        OfArrays(call.function),
         grid_of(cell_shape, items),
         *items,
-        halo=halo,
+        halo=0 if call.halo is None else call.halo,
         boundary=boundary,
         fill_value=fill_value,
-        params=params,
+        params=call.params,
         cache=cache,
         queue=queue,
         version=version,

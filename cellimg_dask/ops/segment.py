@@ -14,6 +14,7 @@ from cellimg_dask.blocks.named import as_function
 from cellimg_dask.blocks.wrappers import FunctionWrapper, ModelFunction, call
 from cellimg_dask.geometry import HaloLike, as_ints
 from cellimg_dask.image.define import as_axes
+from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import as_input
 from cellimg_dask.ops.holders import Holder, hold
 from cellimg_dask.ops.label_image import LabelImg
@@ -28,7 +29,7 @@ __all__ = ["segment"]
 def segment(
     predict: Callable[..., Any] | str,
     *images: Any,
-    halo: HaloLike,
+    halo: HaloLike | None = None,
     load_model: Callable[[], Any] | str | None = None,
     normalize: tuple[float, float] | None = None,
     channel_axis: SupportsIndex | None = None,
@@ -51,7 +52,7 @@ def segment(
 
     Parameters
     ----------
-    predict : callable or str
+    predict : callable, str or BlockSchema
         From arrays, halo included, to labels of the same size without the axis of channels, 0 for
         background; or to a tuple that begins with the labels, as StarDist and Cellpose return.
         Called as ``predict(*arrays, **params)``, or ``predict(model, *arrays, **params)`` where
@@ -60,7 +61,8 @@ def segment(
         As in `map_labels`; channels may be one axis of an image, or several images.
     halo : int, per-axis ints, or per-axis (before, after) pairs
         Extra voxels that a block reads, in axes of the labels. Recommended: the extent of the
-        largest object, plus how far the network looks.
+        largest object, plus how far the network looks. It may be left out for a schema that says
+        it.
     load_model : callable or str, optional
         Makes the model, called without arguments before the first block, once in each process.
     normalize : (float, float), optional
@@ -87,6 +89,8 @@ def segment(
     ------
     InitError
         On reading, if ``load_model`` raises.
+    ParameterError
+        If ``params`` are not what ``predict`` takes.
     ResultError
         On reading, if ``predict`` returns labels of another shape or no integers.
     TypeError, ValueError
@@ -137,7 +141,17 @@ def segment(
             raise TypeError(f"{what} must be callable, got {type(function).__name__}")
     if not images:
         raise TypeError("segment needs at least one image")
-    items = [as_input(image) for image in images]
+    call = checked_call(
+        predict,
+        map(as_input, images),
+        params,
+        halo=halo,
+        dtype_read=None if normalize is None else "float32",
+        before=0 if load_model is None else 1,
+    )
+    if call.halo is None:
+        raise TypeError("segment needs halo=…: blocks are linked by the voxels that both label")
+    items = call.items
     plain = tuple(number for number, item in enumerate(items) if item.index_map is None)
     ndim = max((len(items[number].shape) for number in plain), default=0)
     dropped = () if channel_axis is None else as_axes(channel_axis, ndim, "channel_axis")
@@ -151,7 +165,7 @@ def segment(
     one_at_a_time = load_model is not None if lock is None else bool(lock)
     return map_labels(
         Segmenter(
-            predict,
+            call.function,
             hold(load_model) if load_model is not None or one_at_a_time else None,
             load_model is not None,
             one_at_a_time,
@@ -162,13 +176,13 @@ def segment(
         ),
         *items,
         *limits,
-        halo=halo,
+        halo=call.halo,
         link=link,
         consecutive=consecutive,
         boundary=boundary,
         fill_value=fill_value,
         cell_shape=cell_shape,
-        params=params,
+        params=call.params,
         drop_axis=dropped,
         cache=cache,
         queue=queue,

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import cellimg_dask as ci
+from cellimg_dask.blocks.errors import ParameterError
 
 IMAGE = np.arange(24).reshape(4, 6)
 
@@ -74,7 +75,6 @@ def outcomes(works: list[Callable[[], Any]], timeout_s: float = 60) -> list[Any]
         ({"halo": (1,)}, ValueError, r"halo must have one value for each of 2 axes, got 1"),
         ({"halo": (1, 2, 3)}, ValueError, r"halo must have one value for each of 2 axes, got 3"),
         ({"halo": [(1, 2, 3), 0]}, ValueError, r"halo\[0\] must be .*\(before, after\) pair"),
-        ({"halo": None}, TypeError, r"halo must be an integer, got None"),
         ({"halo": {0: 1, 1: 1}}, TypeError, r"halo must be .*per axis, got \{0: 1, 1: 1\}"),
         ({"halo": "3"}, TypeError, r"halo must be .*per axis, got '3'"),
         # boundaries, by the names that dask and SciPy have for them
@@ -668,11 +668,58 @@ def test_a_fill_function_that_fails_half_way_leaves_nothing() -> None:
     np.testing.assert_array_equal(lazy[:], [99, 1, 99, 1])
 
 
-def test_wrong_params_are_an_error_of_the_block() -> None:
-    lazy = ci.map_cells(lambda a, *, k: a, IMAGE, dtype=int, params={"q": 1})
-    with pytest.raises(ci.BlockError, match="unexpected keyword argument 'q'") as caught:
-        lazy[...]
-    assert isinstance(caught.value.__cause__, TypeError)
+def scaled(a: Any, b: Any = 0, *, factor: Any, task: Any = None) -> Any:
+    raise AssertionError("called although something is wrong with the definition")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "params", "mistakes"),
+    [
+        (1, {"factr": 1}, ["factr: no such parameter; did you mean factor?", "factor: is missing"]),
+        (1, {"factor": 1, "q": 1}, ["q: no such parameter; there are b, factor"]),
+        (1, {"factor": 1, "a": 1}, ["a: is an array that is given after the function, and no p"]),
+        (2, {"factor": 1, "b": 1}, ["b: is an array that is given after the function, and no p"]),
+        (1, {"factor": 1, "task": 1}, ["task: no such parameter"]),
+        (2, None, ["factor: is missing: give it in params"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "define",
+    [
+        lambda *inputs, params: ci.map_cells(scaled, *inputs, dtype=int, params=params),
+        lambda *inputs, params: ci.map_labels(scaled, *inputs, halo=1, params=params),
+        lambda *inputs, params: ci.map_points(scaled, *inputs, params=params),
+        lambda *inputs, params: ci.reduce_cells(scaled, sum, *inputs, params=params),
+        lambda *inputs, params: ci.segment(scaled, *inputs, halo=1, params=params),
+        lambda *inputs, params: ci.segment(
+            lambda model, a, b=0, *, factor, task=None: scaled(a, factor=1),
+            *inputs,
+            halo=1,
+            load_model=int,
+            params=params,
+        ),
+    ],
+    ids=["map_cells", "map_labels", "map_points", "reduce_cells", "segment", "with a model"],
+)
+def test_wrong_names_of_params_are_refused_at_once(
+    define: Any, inputs: int, params: Any, mistakes: list[str]
+) -> None:
+    with pytest.raises(ParameterError) as caught:
+        define(*[IMAGE] * inputs, params=params)
+    title, *lines = str(caught.value).splitlines()
+    assert title.startswith("parameters of ")
+    assert len(lines) == len(mistakes)
+    for line, mistake in zip(lines, mistakes, strict=True):
+        assert line.startswith(f"  {mistake}")
+
+
+def test_functions_that_do_not_say_what_they_take_are_given_all_params() -> None:
+    def any_names(a: Any, **more: Any) -> Any:
+        return a + sum(more.values())
+
+    lazy = ci.map_cells(any_names, IMAGE, dtype=int, params={"x": 1, "y": 2})
+    np.testing.assert_array_equal(lazy[...], IMAGE + 3)
+    ci.map_cells(np.clip, IMAGE, dtype=int, params={"a_min": 1, "a_max": 2})
 
 
 # ---------------------------------------------------------------- cycles

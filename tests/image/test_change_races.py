@@ -172,7 +172,6 @@ def test_an_image_defined_during_a_commit_reads_what_is_there_afterwards(
         return roi
 
     committing: threading.Thread | None = None
-    mapped = plus_one(np.zeros(8), lambda a, b: a + b, dtype=float)
     mapped = ci.map_cells(
         lambda a, b: a + b, np.zeros(8), ci.Input(upper, index_map=where), dtype=float, cell_shape=2
     )

@@ -160,4 +160,4 @@ def test_an_input_of_another_geometry_has_a_halo_of_its_own() -> None:
             halo=2,
         )
     with pytest.raises(ValueError, match="drop_axis 2"):
-        ci.map_labels(segment, truth, halo=2, drop_axis=2)
+        ci.map_labels(segment, truth, truth, halo=2, drop_axis=2)

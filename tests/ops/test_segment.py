@@ -385,7 +385,8 @@ def test_bad_results(result: Callable[..., Any], error: str) -> None:
     ],
 )
 def test_bad_arguments(change: dict[str, Any], kind: type[Exception], error: str) -> None:
-    arguments: dict[str, Any] = {"predict": cells_of, "halo": 2, "cell_shape": 4} | change
+    arguments: dict[str, Any] = {"predict": cells_of, "halo": 2, "params": {"level": 1}}
+    arguments |= {"cell_shape": 4} | change
     with pytest.raises(kind, match=error):
         segment(arguments.pop("predict"), np.zeros((8, 9)), **arguments)
 
