@@ -9,6 +9,13 @@ class Env:
     python: str
     token: str = ""
 
+    @classmethod
+    def venv(cls, path):
+        import pathlib
+
+        path = pathlib.Path(path)
+        return cls(str(path / "bin/python") if path.is_dir() else str(path))
+
     def command(self):
         return [self.python]
 
