@@ -41,6 +41,9 @@ MODULES = {
     "components": "labelling",
     "label_graph": "labelling",
     "label_into_zarr": "labelling",
+    "env_start": "environments",
+    "tiny_blocks": "environments",
+    "one_large_block": "environments",
 }
 
 

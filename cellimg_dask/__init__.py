@@ -15,6 +15,7 @@ from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.content import NoContentError
 from cellimg_dask.blocks.errors import (
     BlockError,
+    BlockTimeoutError,
     CellimgError,
     CycleError,
     InitError,
@@ -27,8 +28,10 @@ from cellimg_dask.blocks.errors import (
     WorkerDiedError,
 )
 from cellimg_dask.blocks.functions import BlockCode
+from cellimg_dask.blocks.named import NamedFunction
 from cellimg_dask.blocks.worker import Worker, get_worker
 from cellimg_dask.geometry import Cell, CellGrid, Halo, Roi
+from cellimg_dask.image import shared
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import fill_cells, map_cells
 from cellimg_dask.image.input import Input
@@ -51,6 +54,8 @@ from cellimg_dask.ops.stacks import map_stack, merge_stack, split_stack, stack_s
 from cellimg_dask.ops.statistics import Statistics, statistics
 from cellimg_dask.ops.tables import region_table
 from cellimg_dask.queues.block_queue import BlockQueue
+from cellimg_dask.queues.environments import Env
+from cellimg_dask.queues.rules import BlockUpdate
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 
 __all__ = [
@@ -58,6 +63,8 @@ __all__ = [
     "BlockCode",
     "BlockError",
     "BlockQueue",
+    "BlockTimeoutError",
+    "BlockUpdate",
     "CacheStats",
     "Cell",
     "CellCache",
@@ -66,10 +73,12 @@ __all__ = [
     "CellimgError",
     "Change",
     "CycleError",
+    "Env",
     "Halo",
     "InitError",
     "Input",
     "LabelImg",
+    "NamedFunction",
     "NoContentError",
     "NoWorkersError",
     "Pyramid",
@@ -110,6 +119,7 @@ __all__ = [
     "run",
     "segment",
     "set_cache",
+    "shared",
     "split_stack",
     "stack_shape",
     "statistics",

@@ -15,8 +15,8 @@ pytest.importorskip("scipy")
 pytest.importorskip("distributed")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {"core": "abcdefgh", "queue": "abcde", "change": "abcde", "objects": "abcd"}
-WITH_GOALS = {"core": "abcdefgh", "queue": "abde", "change": "abce", "objects": "abd"}
+ROWS = {"core": "abcdefgh", "queue": "abcde", "change": "abcde", "objects": "abcd", "env": "abc"}
+WITH_GOALS = {"core": "abcdefgh", "queue": "abde", "change": "abce", "objects": "abd", "env": "bc"}
 
 
 def run_benchmark(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -88,3 +88,7 @@ def test_a_quick_run_of_objects_counts_few_tasks(tmp_path: Path) -> None:
     for row in "ab":
         (tasks,) = [n for n in written[row] if n["what"] == "tasks per cell"]
         assert tasks["reached"]
+
+
+def test_a_quick_run_of_other_environments(tmp_path: Path) -> None:
+    quick_run("env", tmp_path / "values.json")

@@ -76,10 +76,13 @@ PUBLIC = [
     "stitch",
 ]
 
+MODULES = ["shared"]
+"""Modules that are public as such."""
+
 
 def test_the_public_names_are_these_and_no_others():
     """Whoever changes this list changes what users see, and says so in the changelog."""
-    assert sorted(ci.__all__) == PUBLIC
+    assert sorted(ci.__all__) == sorted(PUBLIC + MODULES)
     assert len(set(ci.__all__)) == len(ci.__all__)
 
 
@@ -104,6 +107,14 @@ def test_a_public_name_exists_is_documented_and_lives_where_it_says(name):
     if inspect.isclass(value):
         for base in value.__mro__[1:]:
             assert value.__doc__ != base.__doc__, "the docstring is inherited"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_public_module_has_what_it_says_and_documents_it(name):
+    module = getattr(ci, name)
+    assert (module.__doc__ or "").strip()
+    for member in module.__all__:
+        assert (getattr(module, member).__doc__ or "").strip(), member
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isclass(getattr(ci, name))])

@@ -4,7 +4,8 @@ A description is a dictionary of JSON's types; values may also be arrays:
 
 - ``{"name": "module:function", "folders": [...]}``: imported; the folders are searched last.
 - ``{"file": "/absolute/file.py", "name": "function"}``: the file is run, and again once it changed.
-- ``{"source": text, "name": "function"}``: what the text defines under this name.
+- ``{"source": text, "name": "function", "folders": [...]}``: what the text defines under this
+  name. ``_import_file(path)`` in it gives the module of a file.
 - ``{"code": text, "init": text or null}``: statements on ``block``; see `BlockCode`.
 - ``{"partial": function, "args": [...], "kwargs": {...}}``: with arguments given already.
 - ``{"model": function, "function": function}``: the second is given, as its first argument, what
@@ -19,14 +20,14 @@ import inspect
 import itertools
 import linecache
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 
 from . import compiled
-from .naming import attribute_of, file_state, import_file, import_module
+from .naming import attribute_of, file_state, here, import_file, import_module, search_in
 
 __all__ = ["Functions", "InitError", "bind", "wants_task"]
 
@@ -99,7 +100,7 @@ class Functions:
             return self._bound(attribute_of(import_file(path), name, path))
         if "source" in spec:
             name = _text(spec, "name")
-            module = self._source(_text(spec, "source"))
+            module = self._source(_text(spec, "source"), spec.get("folders") or ())
             function: Callable[..., Any] = attribute_of(module, name, "the source")
             return function
         if "code" in spec:
@@ -127,16 +128,23 @@ class Functions:
         bound: Callable[..., Any] = bind(function, self.namespace)
         return bound
 
-    def _source(self, text: str) -> ModuleType:
+    def _source(self, text: str, folders: Iterable[str]) -> ModuleType:
+        search_in(folders)
         module = self._sources.get(text)
         if module is None:
             code = _compiled(text, "source")
             # Numbers tell those of several workers in one process apart.
             module = ModuleType(f"cellimg_source_{next(_numbers)}")
-            module.__dict__.update(self.namespace)
+            module.__dict__.update(self.namespace, _import_file=import_file)
             # Before it runs: dataclasses look their module up.
             sys.modules[module.__name__] = module
-            exec(code, module.__dict__)
+            try:
+                exec(code, module.__dict__)
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    f"the function imports {error.name!r}, which is not in {here()}",
+                    name=error.name,
+                ) from error
             self._sources[text] = module
         return module
 

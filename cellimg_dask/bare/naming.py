@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +18,11 @@ from typing import Any
 __all__ = [
     "attribute_of",
     "file_state",
+    "here",
     "import_file",
     "import_module",
     "is_file_name",
+    "search_in",
     "split_name",
 ]
 
@@ -92,8 +94,7 @@ def import_module(name: str, folders: Iterable[str] = ()) -> ModuleType:
         If there is no such module in this Python, or it fails. The message says which Python it
         is.
     """
-    for folder in folders:
-        _search_in(folder)
+    search_in(folders)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -106,7 +107,7 @@ def import_module(name: str, folders: Iterable[str] = ()) -> ModuleType:
                 else f"module {top!r} is there, at {_file_of(sys.modules.get(top))}"
             )
             raise ModuleNotFoundError(
-                f"there is no module {missing!r} in {here()}; {what}", name=missing
+                f"No module named {missing!r} in {here()}; {what}", name=missing
             ) from error
         raise ModuleNotFoundError(
             f"module {name!r} imports {missing!r}, which is not in {here()}", name=missing
@@ -119,7 +120,7 @@ _files: dict[str, tuple[tuple[int, int], ModuleType]] = {}
 _lock = threading.RLock()
 
 
-def import_file(path: str) -> ModuleType:
+def import_file(path: str, *, again: bool = False) -> ModuleType:
     """Run a file, once per process unless it was changed since, and return its module.
 
     Its folder is searched for what it imports, after this Python's own paths.
@@ -128,6 +129,8 @@ def import_file(path: str) -> ModuleType:
     ----------
     path : str
         Absolute.
+    again : bool
+        Whether it is run in any case.
 
     Raises
     ------
@@ -141,7 +144,7 @@ def import_file(path: str) -> ModuleType:
     with _lock:
         state = file_state(path)
         known = _files.get(path)
-        if known is None or known[0] != state:
+        if again or known is None or known[0] != state:
             known = _files[path] = (state, _run_file(path))
         return known[1]
 
@@ -164,11 +167,11 @@ def _run_file(path: str) -> ModuleType:
     # A name of its own: the file may be called as a module of Python's, signal.py for instance.
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     name = f"cellimg_file_{Path(path).stem}_{mark}"
-    spec = spec_from_loader(name, SourceFileLoader(name, path), origin=path)
+    spec = spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    _search_in(str(Path(path).parent))
+    search_in([str(Path(path).parent)])
     # Before it runs: dataclasses look their module up.
     sys.modules[name] = module
     try:
@@ -228,11 +231,13 @@ def attribute_of(module: ModuleType, attribute: str, place: str) -> Any:
     return found
 
 
-def _search_in(folder: str) -> None:
-    if folder not in sys.path:
-        # At the end, so that what is installed goes first, whatever the files are called.
-        sys.path.append(folder)
-        importlib.invalidate_caches()
+def search_in(folders: Iterable[str]) -> None:
+    """Search folders for modules, from now on, after this Python's own paths."""
+    for folder in folders:
+        if folder not in sys.path:
+            # At the end, so that what is installed goes first, whatever the files are called.
+            sys.path.append(folder)
+            importlib.invalidate_caches()
 
 
 def _no_file(path: str) -> str:

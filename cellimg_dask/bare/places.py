@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from .segments import Segment
+from .segments import Segment, place_of
 from .trees import dtype_from, dtype_name
 
-__all__ = ["Layout", "Segments", "array_at"]
+__all__ = ["Layout", "Segments", "array_at", "place_elsewhere"]
 
 _ALIGNMENT = 64
+_WORTH_SAYING = 1 << 15
 
 
 class Layout:
@@ -40,10 +41,33 @@ class Layout:
         return place
 
 
-def array_at(segment: Segment, place: Any) -> np.ndarray[Any, Any]:
-    """Return the array that lies at a place, as a view of the segment."""
-    offset, shape, dtype, writable = place
-    array = segment.array(tuple(shape), dtype_from(dtype), offset)
+def place_elsewhere(array: np.ndarray[Any, Any]) -> Any:
+    """Return the place of an array that lies in shared memory already, for `array_at`.
+
+    None if it does not, or if copying it takes less than saying where it is.
+    """
+    if array.nbytes < _WORTH_SAYING:
+        return None
+    found = place_of(array)
+    if found is None:
+        return None
+    name, offset = found
+    return [offset, array.shape, dtype_name(array.dtype), 0, name, array.strides]
+
+
+def array_at(
+    segment: Segment, place: Any, others: Callable[[str], Segment] | None = None
+) -> np.ndarray[Any, Any]:
+    """Return the array that lies at a place, as a view of the segment, or of another one.
+
+    ``others`` gives a segment by its name.
+    """
+    offset, shape, dtype, writable, *elsewhere = place
+    strides = None
+    if elsewhere:
+        assert others is not None
+        segment, strides = others(elsewhere[0]), tuple(elsewhere[1])
+    array = segment.array(tuple(shape), dtype_from(dtype), offset, "C", strides)
     if not writable:
         array.flags.writeable = False
     return array

@@ -13,7 +13,7 @@ from .places import Layout, Segments, array_at
 from .segments import Segment
 from .serve import Reply, Runtime, Server, serve
 from .task import Task
-from .trees import decode, encode
+from .trees import decode, encode, from_attached
 from .wire import Message
 
 __all__ = ["Runner", "main"]
@@ -29,12 +29,12 @@ class Runner(Runtime):
 
     def do_init(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Run ``init``."""
-        self._functions = Functions(request["init"])
+        self._functions = Functions(from_attached(request["init"], attached))
         return {}, []
 
     def do_define(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Learn a function, which has a number from now on."""
-        function = self._functions.load(request["spec"])
+        function = self._functions.load(from_attached(request["spec"], attached))
         self._known[request["function"]] = function, wants_task(function)
         return {}, []
 
@@ -50,7 +50,7 @@ class Runner(Runtime):
         segment = self._segments.get(request["segment"])
 
         def fetch(place: Any) -> np.ndarray[Any, Any]:
-            return array_at(segment, place)
+            return array_at(segment, place, self._segments.get)
 
         args = decode(request["args"], fetch)
         kwargs = decode(request["kwargs"], fetch)

@@ -17,6 +17,7 @@ import shutil
 import sys
 from contextlib import suppress
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -25,7 +26,7 @@ if sys.platform == "win32":
 else:
     import _posixshmem  # type: ignore[import-not-found]
 
-__all__ = ["LONGEST_NAME", "Segment", "checked_name", "remove_name"]
+__all__ = ["LONGEST_NAME", "Segment", "checked_name", "place_of", "remove_name"]
 
 LONGEST_NAME = 30 if sys.platform == "darwin" else 200
 """So many characters a name may have."""
@@ -84,6 +85,7 @@ class Segment:
         # The arrays hold this array and it the mapping, which is never closed by a call: PyPy
         # would unmap it under their eyes.
         self._bytes: np.ndarray[Any, Any] | None = np.frombuffer(mapping, np.uint8)
+        _mapped[id(self._bytes)] = self
         # No descriptor is kept; the mapping has one of its own.
         self._identity = _identity(opened)
         self._opened = opened
@@ -174,6 +176,7 @@ class Segment:
         dtype: Any,
         offset: int = 0,
         order: Any = "C",
+        strides: tuple[int, ...] | None = None,
     ) -> np.ndarray[Any, Any]:
         """Return an array that is a part of the memory.
 
@@ -187,6 +190,8 @@ class Segment:
             Bytes before it.
         order : {"C", "F"}
             Which axis is contiguous: the last or the first.
+        strides : tuple of int, optional
+            Bytes between neighbours along each axis, instead of an order.
 
         Raises
         ------
@@ -200,7 +205,7 @@ class Segment:
         if dtype.hasobject:
             raise ValueError(f"Python objects cannot lie in shared memory: dtype {dtype}")
         try:
-            return np.ndarray(shape, dtype, whole, offset, order=order)
+            return np.ndarray(shape, dtype, whole, offset, strides, order)
         except TypeError as error:
             raise ValueError(
                 f"an array of shape {shape} and dtype {dtype} at byte {offset} does not fit into "
@@ -209,6 +214,8 @@ class Segment:
 
     def close(self) -> None:
         """Let go of the memory; it stays mapped as long as an array of it is alive."""
+        if self._bytes is not None:
+            _mapped.pop(id(self._bytes), None)
         self._bytes = None
 
     def unlink(self) -> None:
@@ -242,6 +249,27 @@ class Segment:
             if _tracked.get(self.name) is self._opened:
                 del _tracked[self.name]
                 _untrack(self.name)
+
+
+_mapped: WeakValueDictionary[int, Segment] = WeakValueDictionary()
+"""Segments that are not closed, by what all their arrays are views of."""
+
+
+def place_of(array: np.ndarray[Any, Any]) -> tuple[str, int] | None:
+    """Return where an array lies that is a view of shared memory which others can attach to.
+
+    Returns
+    -------
+    (str, int) or None
+        Name of the segment, and bytes before the array's first element.
+    """
+    root = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    segment = _mapped.get(id(root))
+    if segment is None or segment._bytes is not root or segment.is_removed:
+        return None
+    return segment.name, array.ctypes.data - root.ctypes.data
 
 
 def remove_name(name: str) -> bool:

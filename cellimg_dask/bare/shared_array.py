@@ -121,6 +121,11 @@ class SharedArray:
         return self._header.owner
 
     @property
+    def token(self) -> str:
+        """Tells it from all others, also from one that has its name later."""
+        return self._header.token
+
+    @property
     def is_owner(self) -> bool:
         """Whether closing this one removes the array: it was made here by `put` or `empty`."""
         return self._segment.is_creator
@@ -200,7 +205,7 @@ class SharedArray:
             changed[...] = time.time_ns()
 
     def __dask_tokenize__(self) -> Any:
-        return "cellimg shared array", self.name, self._header.token
+        return "cellimg shared array", self.name, self.token
 
     # ------------------------------------------------------------------ its end
 
@@ -226,7 +231,7 @@ class SharedArray:
 
     def __reduce__(self) -> tuple[Any, ...]:
         host = platform.node()
-        return _attached, (type(self), self.name, self._header.token, self.readonly, host)
+        return _attached, (type(self), self.name, self.token, self.readonly, host)
 
 
 # ---------------------------------------------------------------------- making and opening

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 __all__ = ["Task", "TaskCancelledError"]
 
 
-class TaskCancelledError(Exception):
+class TaskCancelledError(CancelledError):
     """Nobody wants the result of the running task any more."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["decode", "dtype_from", "dtype_name", "encode"]
+__all__ = ["decode", "dtype_from", "dtype_name", "encode", "from_attached", "with_attached"]
 
 Place = Callable[["np.ndarray[Any, Any]"], Any]
 Fetch = Callable[[Any], "np.ndarray[Any, Any]"]
@@ -72,6 +72,27 @@ def encode(value: Any, place: Place) -> Any:
         f"{kind.__module__}.{kind.__qualname__} cannot be sent to another Python; allowed are "
         f"None, booleans, numbers, strings, bytes, lists, tuples, sets, dicts and NumPy arrays"
     )
+
+
+def with_attached(value: Any) -> tuple[Any, tuple[bytes, ...]]:
+    """Return a value in JSON's types, and the bytes of its arrays, to be attached."""
+    attached: list[bytes] = []
+
+    def place(array: np.ndarray[Any, Any]) -> Any:
+        attached.append(array.tobytes())
+        return [len(attached) - 1, array.shape, dtype_name(array.dtype)]
+
+    return encode(value, place), tuple(attached)
+
+
+def from_attached(tree: Any, attached: list[bytes]) -> Any:
+    """Return the value that `with_attached` took apart."""
+
+    def fetch(place: Any) -> np.ndarray[Any, Any]:
+        number, shape, dtype = place
+        return np.frombuffer(attached[number], dtype_from(dtype)).reshape(shape).copy()
+
+    return decode(tree, fetch)
 
 
 def decode(tree: Any, fetch: Fetch) -> Any:

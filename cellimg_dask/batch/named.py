@@ -52,7 +52,8 @@ def _by_value(path: Path) -> Any:
     import cloudpickle
 
     before = set(sys.modules)
-    module = import_file(str(path))
+    # What it imports may have changed, too.
+    module = import_file(str(path), again=True)
     cloudpickle.register_pickle_by_value(module)
     for name in sys.modules.keys() - before:
         file = getattr(sys.modules[name], "__file__", None)

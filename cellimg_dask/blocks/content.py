@@ -51,7 +51,15 @@ from cellimg_dask.blocks.functions import BlockCode
 from cellimg_dask.blocks.named import NamedFunction, importable
 from cellimg_dask.blocks.wrappers import Shipped
 
-__all__ = ["NoContentError", "array_content", "digest", "dtype_content", "value_content"]
+__all__ = [
+    "NoContentError",
+    "array_content",
+    "digest",
+    "dtype_content",
+    "is_installed",
+    "is_installed_file",
+    "value_content",
+]
 
 
 class NoContentError(CellimgError, TypeError):
@@ -133,7 +141,7 @@ class _Contents:
 
     def _compound(self, value: Any, name: str) -> Any:
         kind = type(value)
-        if isinstance(value, np.ndarray) and (kind is np.ndarray or _is_installed(kind.__module__)):
+        if isinstance(value, np.ndarray) and (kind is np.ndarray or is_installed(kind.__module__)):
             return self._array(value, name)
         if isinstance(value, np.generic):
             if value.dtype.hasobject:
@@ -310,7 +318,7 @@ class _Contents:
     def _imported(self, module: str, name: str) -> Any:
         try:
             spec = importlib.util.find_spec(module.partition(".")[0])
-            if spec is not None and not _is_installed_file(spec.origin):
+            if spec is not None and not is_installed_file(spec.origin):
                 # The user's own. For others the version will do, and they may be slow to import.
                 return self.of(importlib.import_module(module), name)
         except NoContentError:
@@ -324,7 +332,7 @@ class _Contents:
         return ["absent", module] if spec is None else ["module", module, _version(module)]
 
     def _module(self, module: ModuleType, name: str) -> Any:
-        if _is_installed(module.__name__):
+        if is_installed(module.__name__):
             return ["module", module.__name__, _version(module.__name__)]
         # A module of the user's: what the function may use of it.
         used = [m for m in vars(module) if not m.startswith("__")]
@@ -357,7 +365,7 @@ class _Contents:
         state = object.__getstate__(value) if known else None
         # Packages have objects that only stand for something, as object() does.
         if not known or (
-            _is_installed(kind.__module__)
+            is_installed(kind.__module__)
             and not is_dataclass(value)
             and (base is not object or state)
         ):
@@ -484,7 +492,7 @@ def _hides_something(cls: type, base: type) -> bool:
 def _goes_by_name(value: Any) -> bool:
     """Whether a function or class is found in an installed package under its name."""
     module, title = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if not callable(value) or not isinstance(title, str) or not _is_installed(module):
+    if not callable(value) or not isinstance(title, str) or not is_installed(module):
         return False
     found: Any = sys.modules.get(str(module))
     for part in title.split("."):
@@ -492,7 +500,7 @@ def _goes_by_name(value: Any) -> bool:
     return found is value
 
 
-def _is_installed(module: str | None) -> bool:
+def is_installed(module: str | None) -> bool:
     """Whether a module belongs to an installed package, so that its version says what it is."""
     if not isinstance(module, str) or module == "__main__":
         return False
@@ -503,7 +511,7 @@ def _is_installed(module: str | None) -> bool:
     if file is None:
         # Built in, or made by hand.
         return module.partition(".")[0] in sys.stdlib_module_names
-    return _is_installed_file(file)
+    return is_installed_file(file)
 
 
 @functools.cache
@@ -513,7 +521,8 @@ def _installed_folders() -> tuple[Path, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_installed_file(file: str | None) -> bool:
+def is_installed_file(file: str | None) -> bool:
+    """Whether a file is one of Python's own or of an installed package."""
     if file in ("built-in", "frozen"):
         return True
     if file is None:

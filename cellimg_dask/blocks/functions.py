@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.bare.task import TaskCancelledError
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.errors import (
     BlockError,
@@ -80,6 +81,9 @@ def _call(
     """Run user code; whatever it raises becomes a `BlockError` that names the cell."""
     try:
         return call(function, *args, **kwargs)
+    except TaskCancelledError:
+        # Nobody waits for the cell.
+        raise
     except CellimgError:
         # A failure of an image that the function itself reads, or of its init, named already.
         raise

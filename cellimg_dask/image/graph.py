@@ -13,13 +13,20 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cellimg_dask.bare.shared_array import SharedArray
 from cellimg_dask.blocks.plan import InputPlan
 from cellimg_dask.image.describe import halo_text
 from cellimg_dask.image.drawing import CACHED, DIRTY, UNSAVED, Card, draw
 from cellimg_dask.image.tables import as_columns
 from cellimg_dask.loading.loader import CellLoader, ImageReader
 from cellimg_dask.loading.node import ImageNode
-from cellimg_dask.loading.readers import ArrayReader, ChunkedReader, Reader, stored_array
+from cellimg_dask.loading.readers import (
+    ArrayReader,
+    ChunkedReader,
+    Reader,
+    SharedReader,
+    stored_array,
+)
 from cellimg_dask.loading.source import MemoryReader, StoredReader
 
 __all__ = ["Graph", "GraphNode", "Link", "graph_of"]
@@ -192,6 +199,8 @@ def _key(reader: Reader) -> Hashable:
     """Return what is the same for readers of the same thing."""
     if isinstance(reader, ImageReader):
         return reader.loader
+    if isinstance(reader, SharedReader):
+        return reader.shared.token
     if isinstance(reader, ArrayReader):
         array = reader.array
         place = array.__array_interface__["data"][0]
@@ -253,7 +262,8 @@ def _of_reader(number: int, reader: Reader) -> GraphNode:
             cell_shape=getattr(reader.grid, "cell_shape", None),
             cached=len(reader.shelf.held()),
         )
-    return GraphNode(number, what, "array", shape, dtype, is_in_memory=what == _IN_MEMORY)
+    in_memory = what == _IN_MEMORY or isinstance(reader, SharedReader)
+    return GraphNode(number, what, "array", shape, dtype, is_in_memory=in_memory)
 
 
 def name_of(function: str, params: Mapping[str, Any]) -> str:
@@ -273,6 +283,8 @@ def _what(reader: Reader) -> str:
         return f"Source in {_array_name(reader.cells.array)}"
     if isinstance(reader, ChunkedReader):
         return _array_name(stored_array(reader))
+    if isinstance(reader, SharedReader):
+        return _array_name(reader.shared)
     if isinstance(reader, ArrayReader):
         is_file = isinstance(reader.array.base, (np.memmap, mmap.mmap))
         return "memory map" if is_file else _IN_MEMORY
@@ -289,6 +301,8 @@ def _array_name(array: Any) -> str:
         "tensorstore": "tensorstore",
     }
     name = kinds.get(library, type(array).__name__)
+    if isinstance(array, SharedArray):
+        name = f"shared array {array.name}"
     root = getattr(getattr(array, "store", None), "root", None)
     if library == "zarr" and root is not None:
         # The last name of the path, and where the array is in the store.

@@ -452,11 +452,13 @@ def _check_writable(array: Any) -> None:
     name = type(array).__name__
     is_read_only = (
         getattr(array, "read_only", False)
+        or getattr(array, "readonly", False)
         or (isinstance(array, np.memmap) and not array.flags.writeable)
         or getattr(getattr(array, "file", None), "mode", "r+") == "r"
     )
     if is_read_only:
-        raise ValueError(f"the {name} is open for reading only; open it with mode='r+'")
+        how = "readonly=False" if hasattr(array, "readonly") else "mode='r+'"
+        raise ValueError(f"the {name} is open for reading only; open it with {how}")
     if not hasattr(array, "__setitem__"):
         raise TypeError(
             f"a {name} cannot be written to; give a NumPy array or a store, or make the changes "

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.bare.shared_array import SharedArray
 from cellimg_dask.blocks.errors import SourceChangedError
 from cellimg_dask.blocks.plan import Box, Region
 from cellimg_dask.geometry import AxisWindow, CellGrid, IrregularGrid, TileGrid, tiles
@@ -28,6 +29,7 @@ __all__ = [
     "ChunkedReader",
     "PinnedReader",
     "Reader",
+    "SharedReader",
     "TiledReader",
     "make_reader",
     "native",
@@ -117,6 +119,18 @@ class ArrayReader:
     def read(self, box: Box) -> NDArray[Any]:
         """Return a view of the box."""
         return self.array[box] if box else self.array.view()
+
+
+class SharedReader(ArrayReader):
+    """Reads a shared array, without a copy; where this is pickled, that is attached to."""
+
+    def __init__(self, shared: SharedArray) -> None:
+        super().__init__(shared.array)
+        # Closed by its owner the memory can be read all the same.
+        self.shared = shared
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make_reader, (self.shared, get_cache())
 
 
 class RegionReader:
@@ -321,6 +335,8 @@ def make_reader(array: Any, cache: CellCache) -> Reader:
         )
     if isinstance(array, np.ndarray):
         return ArrayReader(array)
+    if isinstance(array, SharedArray):
+        return SharedReader(array)
     if isinstance(array, _H5Path):
         array = array.open()
     check_array(array)

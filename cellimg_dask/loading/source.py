@@ -12,10 +12,11 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.errors import CellimgError
+from cellimg_dask.bare.shared_array import SharedArray
+from cellimg_dask.blocks.errors import CellimgError, SourceChangedError
 from cellimg_dask.blocks.plan import Box
 from cellimg_dask.geometry import CellGrid, tiles
-from cellimg_dask.loading.readers import TiledReader, make_reader, pinned, portable
+from cellimg_dask.loading.readers import SharedReader, TiledReader, make_reader, pinned, portable
 from cellimg_dask.loading.stored import StoredCells, Version
 from cellimg_dask.state.cache import get_cache
 from cellimg_dask.state.pages import Pages
@@ -149,7 +150,31 @@ class StoredReader(TiledReader):
 
 
 def _arrived(array: Any, when: int) -> Any:
+    if isinstance(array, SharedArray):
+        return _SharedEdition(array, when)
     return pinned(make_reader(array, get_cache()), when)
+
+
+class _SharedEdition(SharedReader):
+    """Reads a shared array as it was at a time; refuses what was assigned to it later."""
+
+    def __init__(self, shared: SharedArray, when: int) -> None:
+        super().__init__(shared)
+        self._when = when
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Return a copy of the box, which nobody can change any more."""
+        block = super().read(box).copy()
+        # Asked after reading: what was written before that shows.
+        if self.shared.last_change_ns > self._when:
+            raise SourceChangedError(
+                f"the shared array {self.shared.name!r} was written to after the snapshot was "
+                f"taken, and holds what is there now only: make a new snapshot"
+            )
+        return block
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self.shared, self._when)
 
 
 def _box(grid: CellGrid, index: int) -> tuple[Any, ...]:

@@ -13,9 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from cellimg_dask.bare.block import Outline
-from cellimg_dask.bare.places import Layout, array_at
-from cellimg_dask.bare.segments import Segment
-from cellimg_dask.bare.trees import decode, encode
+from cellimg_dask.bare.trees import decode, encode, with_attached
 from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
@@ -28,7 +26,7 @@ from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.here import open_runners
 from cellimg_dask.queues.rules import Rules
 from cellimg_dask.queues.shipping import ship
-from cellimg_dask.queues.slots import Slot
+from cellimg_dask.queues.slots import Room, Slot
 from cellimg_dask.queues.worker_pool import Errand, Parcel, WorkerPool
 
 __all__ = ["EnvBlocks", "shipped"]
@@ -201,7 +199,7 @@ class RemoteFunction:
             call.job.function.name,
             call.plan,
             self,
-            lambda: ({"spec": self.user.spec}, ()),
+            self._lesson,
             lambda: trip.request(self._first_guess(call)),
             trip.more_room,
         )
@@ -210,6 +208,10 @@ class RemoteFunction:
         # What nobody else handles is copied once, to where it belongs.
         direct = isinstance(call.function, ArrayFunction) and call.function.function is self
         return trip.result(response["outputs"], copy=not direct)
+
+    def _lesson(self) -> Parcel:
+        spec, attached = with_attached(self.user.spec)
+        return {"spec": spec}, attached
 
     def _first_guess(self, call: _Call) -> int:
         guess = 0 if call.job.dtype.hasobject else call.job.dtype.itemsize
@@ -222,56 +224,49 @@ class _Trip:
     def __init__(
         self, function: RemoteFunction, slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._slot = slot
-        self._segment: Segment | None = None
-        self._layout = Layout()
-        self._arrays: list[NDArray[Any]] = []
-        self._block: Block | None = None
+        self._room = Room(slot)
         self._data: Any = None
         self.room_wanted = 0
         """So many bytes the worker asked for."""
-        if len(args) == 1 and isinstance(args[0], Block):
-            self._block = args[0]
-            args, kwargs = self._block.inputs, dict(self._block.params)
-        self._content: Message = {
-            "args": [encode(value, self._place) for value in args],
-            "kwargs": {name: encode(value, self._place) for name, value in kwargs.items()},
+        self._block = args[0] if len(args) == 1 and isinstance(args[0], Block) else None
+        if self._block is None:
+            self._args, self._kwargs = args, kwargs
+        else:
+            self._args, self._kwargs = self._block.inputs, dict(self._block.params)
+
+    def request(self, more: int) -> Parcel:
+        """Put the arrays where they belong, and return the request."""
+        room = self._room
+        room.begin()
+        content: Message = {
+            "args": [encode(value, self._place) for value in self._args],
+            "kwargs": {name: encode(value, self._place) for name, value in self._kwargs.items()},
         }
         if self._block is not None:
-            self._content["block"] = Outline.content(self._block)
+            content["block"] = Outline.content(self._block)
             # What it holds is all zeros, and made there.
             data = self._block.data
-            self._data = self._content["data"] = self._layout.add(data.shape, data.dtype)
-        self._content["end"] = self._layout.end
+            self._data = content["data"] = room.keep(data.shape, data.dtype)
+        content["end"] = room.end
+        content["segment"] = room.fill(more)
+        return content, ()
 
     def _place(self, array: NDArray[Any]) -> Any:
-        self._arrays.append(array)
-        return self._layout.add(array.shape, array.dtype, writable=array.flags.writeable)
-
-    def request(self, room: int) -> Parcel:
-        """Put the arrays where they belong, and return the request."""
-        segment = self._segment = self._slot.with_room(self._layout.end + room)
-        for place, array in zip(self._layout.places, self._arrays, strict=False):
-            array_at(segment, [*place[:3], 1])[...] = array
-        return {**self._content, "segment": segment.name}, ()
+        return self._room.put(array, writable=array.flags.writeable)
 
     def more_room(self, question: Message) -> Message:
         """Give the result more room."""
-        # The arguments stay there as long as the worker has them.
         nbytes = int(question["nbytes"])
-        self.room_wanted = nbytes - self._layout.end
-        self._segment = self._slot.with_room(nbytes)
-        return {"segment": self._segment.name}
+        self.room_wanted = nbytes - self._room.end
+        return {"segment": self._room.grow(nbytes)}
 
     def result(self, outputs: Any, *, copy: bool) -> Any:
         """Return what came back; arrays are views of shared memory, or copies."""
-        segment = self._segment
-        assert segment is not None
+        if self._block is not None:
+            self._block.data[...] = self._room.array_at(self._data)
 
         def fetch(place: Any) -> NDArray[Any]:
-            array = array_at(segment, place)
+            array = self._room.array_at(place)
             return array.copy() if copy else array
 
-        if self._block is not None:
-            self._block.data[...] = array_at(segment, self._data)
         return decode(outputs, fetch)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cellimg_dask import bare
+from cellimg_dask.bare.trees import with_attached
 from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.errors import CellimgError, InitError
 from cellimg_dask.queues.environments import Env
@@ -56,7 +57,8 @@ class EnvProgram:
 
     def greeting(self) -> tuple[Message, tuple[bytes, ...]]:
         """Return the first request; see `Program`."""
-        return {"requestType": "INIT", "init": self._init}, ()
+        init, attached = with_attached(self._init)
+        return {"requestType": "INIT", "init": init}, attached
 
     def error(self, response: Message, attached: list[bytes], asked: str) -> BaseException:
         """Return an error of the same kind, where that is a builtin one; see `Program`."""

@@ -8,8 +8,6 @@ from typing import Any
 import cloudpickle
 from numpy.typing import NDArray
 
-from cellimg_dask.bare.places import Layout, array_at
-from cellimg_dask.bare.segments import Segment
 from cellimg_dask.blocks.errors import CellimgError, ReadError, describe
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob, Init
@@ -17,7 +15,7 @@ from cellimg_dask.loading.crew import Crew
 from cellimg_dask.queues.here import Entry, open_runners
 from cellimg_dask.queues.pickled_program import PickledProgram
 from cellimg_dask.queues.rules import Rules
-from cellimg_dask.queues.slots import Slot
+from cellimg_dask.queues.slots import Room, Slot
 from cellimg_dask.queues.worker_pool import Errand, Parcel, WorkerPool
 
 __all__ = ["ProcessBlocks"]
@@ -77,22 +75,19 @@ class ProcessBlocks:
         """
         given = {n: array for n, array in enumerate(inputs) if array.dtype.hasobject}
         others = [array for array in inputs if not array.dtype.hasobject]
-        layout = Layout()
-        for array in others:
-            layout.add(array.shape, array.dtype, writable=False)
-        if not job.dtype.hasobject:
-            layout.add(plan.shape, job.dtype)
         attached = (_packed_inputs(job, plan, given),) if given else ()
-
-        segment: Segment | None = None
+        room = Room(slot)
+        result_at: Any = None
 
         def request() -> Parcel:
-            nonlocal segment
-            segment = slot.with_room(layout.end)
-            for place, array in zip(layout.places, others, strict=False):
-                array_at(segment, [*place[:3], 1])[...] = array
-            content = {"segment": segment.name, "arrays": layout.places, "index": plan.index}
-            return content, attached
+            nonlocal result_at
+            room.begin()
+            places = [room.put(array) for array in others]
+            if not job.dtype.hasobject:
+                result_at = room.keep(plan.shape, job.dtype)
+                places.append(result_at)
+            name = room.fill(0)
+            return {"segment": name, "arrays": places, "index": plan.index}, attached
 
         errand = Errand(job.function.name, plan, job, lambda: _lesson(job), request)
         _, objects = self._workers.do(errand)
@@ -100,8 +95,7 @@ class ProcessBlocks:
         if objects:
             result = pickle.loads(objects[0])
         else:
-            assert segment is not None
-            result = array_at(segment, layout.places[-1])
+            result = room.array_at(result_at)
         return result
 
     def close(self, wait_s: float | None) -> bool:

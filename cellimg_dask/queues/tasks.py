@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.geometry import CellGrid, IrregularGrid, tiles
 from cellimg_dask.loading.loader import CellLoader, ImageReader
-from cellimg_dask.loading.readers import ChunkedReader, Reader, TiledReader, native
+from cellimg_dask.loading.readers import ChunkedReader, Reader, SharedReader, TiledReader, native
 from cellimg_dask.loading.source import MemoryReader, StoredReader
 from cellimg_dask.state.cache import get_cache
 from cellimg_dask.state.flights import Flight, current_flight, inside
@@ -86,6 +86,8 @@ def _own_name(loader: CellLoader) -> str:
 def _reader_token(reader: Reader) -> Any:
     if isinstance(reader, ImageReader):
         return _own_name(reader.loader)
+    if isinstance(reader, SharedReader):
+        return reader.shared
     array = getattr(reader, "array", reader)
     if isinstance(array, da.Array):
         return array.name

@@ -184,7 +184,7 @@ def test_what_init_returns_and_declares_global(module: Any) -> None:
         ({"code": "x = 1 / 0"}, "ZeroDivisionError: division by zero; no block runs.*:\nx = 1"),
         ({"code": "import sys; sys.exit(3)"}, "SystemExit: 3"),
         ({"code": "x ="}, "SyntaxError"),
-        ({"name": "no_such_module_at_all:init"}, "there is no module 'no_such_module_at_all'"),
+        ({"name": "no_such_module_at_all:init"}, "No module named 'no_such_module_at_all'"),
     ],
 )
 def test_init_that_fails(init: Any, says: str) -> None:
@@ -248,7 +248,7 @@ def test_who_wants_the_task() -> None:
         (
             {"name": "no_such_module_at_all:f"},
             ModuleNotFoundError,
-            r"no module 'no_such_module_at_all' in Python \d+\.\d+\.\d+ at .*python.*; install",
+            r"No module named 'no_such_module_at_all' in Python \d+\.\d+\.\d+ at .*python.*; install",
         ),
         ({"name": "json.decoders:f"}, ModuleNotFoundError, "'json.decoders'.*'json' is there, at"),
         (
