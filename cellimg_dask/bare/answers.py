@@ -15,7 +15,7 @@ import numpy as np
 
 from .segments import Segment
 from .shared import SharedArray
-from .values import Attached, Memory, address, is_typed, ndarray_type, shared_type
+from .values import Attached, Memory, is_typed, ndarray_type, shared_type
 
 __all__ = ["Answer"]
 
@@ -152,8 +152,7 @@ class Answer:
                 f"{where} has shape {array.shape} and dtype {array.dtype}; the array that was "
                 f"given for it has shape {place.shape} and dtype {place.dtype}"
             )
-        if address(array) != address(place) or array.strides != place.strides:
-            self._writes.append((place, array))
+        self._writes.append((place, array))
         return target
 
     def _write(self) -> None:
@@ -164,7 +163,10 @@ class Answer:
             if any(np.may_share_memory(array, other) for other in others):
                 self._writes[number] = place, array.copy()
         for place, array in self._writes:
-            place[...] = array
+            # It may be there already.
+            there = array.ctypes.data == place.ctypes.data and array.strides == place.strides
+            if not there or array.dtype != place.dtype:
+                place[...] = array
         self._writes.clear()
 
     def _by_name(self, value: Any) -> Any:

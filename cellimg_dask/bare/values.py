@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .places import Segments
-from .segments import Segment
+from .segments import Segment, place_of
 from .shared import SharedArray
 from .shared import open as open_shared
 from .trees import dtype_from, dtype_name
@@ -22,7 +22,6 @@ __all__ = [
     "Attached",
     "Given",
     "Memory",
-    "address",
     "array_type",
     "is_typed",
     "ndarray_type",
@@ -159,26 +158,15 @@ class Attached(Segments):
 
     def reference(self, array: np.ndarray[Any, Any]) -> Any:
         """Return what says where an array lies that is in a segment of the caller's, or None."""
-        if not array.size:
+        place = place_of(array) if array.size else None
+        if place is None:
             return None
-        start = address(array)
         for shared in self._shared.values():
-            whole = shared.array
-            if (
-                start == address(whole)
-                and (array.shape, array.dtype) == (whole.shape, whole.dtype)
-                and array.strides == whole.strides
-            ):
+            if place == (shared.name, shared.offset) and _is_same(array, shared.array):
                 return shared_type(shared)
         # Other programs read from the segment's begin.
-        for segment in self._attached.values():
-            if (
-                array.flags.c_contiguous
-                and start == address(segment.array((1,), np.uint8))
-                and not segment.is_removed
-            ):
-                return ndarray_type(array, segment.name)
-        return None
+        whole = place[1] == 0 and array.flags.c_contiguous
+        return ndarray_type(array, place[0]) if whole else None
 
 
 def is_typed(tree: Any) -> bool:
@@ -228,10 +216,9 @@ def dtype_word(dtype: np.dtype[Any]) -> Any:
     return dtype_name(dtype)
 
 
-def address(array: np.ndarray[Any, Any]) -> int:
-    """Return where the first element of an array lies."""
-    start: int = array.__array_interface__["data"][0]
-    return start
+def _is_same(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    """Whether arrays with the same first element are the same."""
+    return (one.shape, one.dtype, one.strides) == (other.shape, other.dtype, other.strides)
 
 
 def _is_size(value: Any) -> bool:
