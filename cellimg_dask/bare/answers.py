@@ -17,7 +17,7 @@ from .segments import Segment
 from .shared import SharedArray
 from .values import Attached, Memory, is_typed, ndarray_type, shared_type
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "plain"]
 
 Keep = Callable[[Any], str]
 
@@ -186,6 +186,19 @@ class Answer:
             # As Appose has it: the caller removes it.
             self._others.append(value._name)
         return _shm(value)
+
+
+class _Plain(Answer):
+    """What has no arrays, since nobody would remove them."""
+
+    def _array(self, array: np.ndarray[Any, Any], where: str) -> Any:
+        raise TypeError(f"{where} is an array; only the outputs of a task may have some")
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values by name in JSON's types; `TypeError` if it lacks some."""
+    tree: dict[str, Any] = _Plain(Attached())._tree(values, None, "update")
+    return tree
 
 
 def _shm(memory: Any) -> dict[str, Any]:

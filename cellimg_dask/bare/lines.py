@@ -188,7 +188,8 @@ class LinesRunner(Runtime):
             self._prepare(self._init)
         except InitError as error:
             # No request to answer yet; each task is told too.
-            sys.stderr.write(self._text(error))
+            _without_own_calls(error)
+            traceback.print_exception(type(error), error, error.__traceback__)
 
     def _prepare(self, init: Any) -> None:
         self._failed_init = None
@@ -224,20 +225,23 @@ class LinesRunner(Runtime):
 
     def failure(self, error: BaseException) -> Reply:
         """Return what a response says of an error: without the worker's own calls."""
-        content, attached = super().failure(error)
-        return {**content, "error": self._text(error)}, attached
-
-    @staticmethod
-    def _text(error: BaseException) -> str:
-        place = error.__traceback__
-        while place is not None and place.tb_frame.f_code.co_filename.startswith(_HERE):
-            place = place.tb_next
-        return "".join(traceback.format_exception(type(error), error, place))
+        _without_own_calls(error)
+        return super().failure(error)
 
     def close(self) -> None:
         """Remove what was made for an answer that nobody got."""
         if self._answer is not None:
             self._answer.discard()
+
+
+def _without_own_calls(error: BaseException | None) -> None:
+    """Take this package's calls off the begin of the tracebacks of an error and its causes."""
+    while error is not None:
+        place = error.__traceback__
+        while place is not None and place.tb_frame.f_code.co_filename.startswith(_HERE):
+            place = place.tb_next
+        error.__traceback__ = place
+        error = error.__cause__ or error.__context__
 
 
 def _asked(request: Message, name: str) -> Any:

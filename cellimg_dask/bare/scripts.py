@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
+from .answers import plain
 from .task import Task, TaskCancelledError
 
 __all__ = ["GivenUpError", "ScriptTask", "Scripts"]
@@ -24,7 +25,7 @@ class ScriptTask(Task):
     """The task that a script, or a function that was called by another program, sees."""
 
     def __init__(self, report: Callable[[dict[str, Any]], None], ask: Callable[[], bool]) -> None:
-        super().__init__(report, ask)
+        super().__init__(lambda said: report(plain(said)), ask)
         self.exports: dict[str, Any] = {}
         """What is left for later scripts."""
         self._gives_up: Exception | None = None
@@ -97,7 +98,7 @@ def _compiled(text: str) -> tuple[CodeType, CodeType | None]:
     filename = f"<script {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
     # Tracebacks show the lines.
     linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
-    tree = ast.parse(text, filename)
+    tree: Any = compile(text, filename, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
     last = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
         end = ast.Expression(tree.body[-1].value)
