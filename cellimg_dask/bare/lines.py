@@ -302,5 +302,6 @@ def work(*, init: str | None = None, once: bool = False) -> int:
 
 
 def main() -> None:
-    """Work as JSON on the command line says, behind this package's folder."""
-    sys.exit(work(**json.loads(sys.argv[2])))
+    """Work as JSON on the command line says, if any, behind this package's folder."""
+    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+    sys.exit(work(**options))

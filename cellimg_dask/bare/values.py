@@ -151,7 +151,14 @@ class Attached(Segments):
         if memory is None:
             return np.empty(shape, dtype)
         name = _field(memory, "name") if isinstance(memory, dict) else memory
-        array = self.get(name, offset + size).array(shape, dtype, offset)
+        segment = self.get(name, offset + size)
+        if offset + size > segment.nbytes:
+            raise ValueError(
+                f"an array of shape {shape} and dtype {dtype} at byte {offset} needs "
+                f"{offset + size:,} bytes of the shared memory {segment.name!r}, which has "
+                f"{segment.nbytes:,}"
+            )
+        array = segment.array(shape, dtype, offset)
         if readonly:
             array.flags.writeable = False
         return array
