@@ -8,6 +8,7 @@ array in shared memory; ``shm``, shared memory; ``shared``, an array that says i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class Attached(Segments):
         if kind != "ndarray":
             raise ValueError(f"an appose_type {kind!r} is no array")
         shape, dtype = array_type(tree)
-        size, offset = int(np.prod(shape, dtype=object)) * dtype.itemsize, tree.get("offset", 0)
+        size, offset = prod(shape) * dtype.itemsize, tree.get("offset", 0)
         if not _is_size(offset):
             raise ValueError(f"the offset of an array is a number of bytes, got {offset!r}")
         memory = tree.get("shm")

@@ -744,6 +744,14 @@ def test_requests_of_unknown_types_are_answered(worker):
     assert "got none" in response["message"]
 
 
+def test_once_says_by_its_status_whether_it_was_done(start):
+    worker = start(once=True, init="1 / 0")
+    assert "no block runs" in worker.failure(script="1")
+    assert worker.process.wait() == 1
+    # Nothing was asked.
+    assert start(once=True).end() == 1
+
+
 def test_a_line_that_is_no_request_while_a_task_runs(worker):
     task = worker.send(script="task.update()\nwhile not task.cancelled: pass\ntask.cancel()")
     worker.receive()
