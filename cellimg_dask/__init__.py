@@ -8,6 +8,7 @@
 array([ 0, -1])
 """
 
+from cellimg_dask.bare.arrays import Array
 from cellimg_dask.batch.lock import TargetInUseError
 from cellimg_dask.batch.report import RunReport
 from cellimg_dask.batch.run import run
@@ -18,10 +19,13 @@ from cellimg_dask.blocks.errors import (
     BlockTimeoutError,
     CellimgError,
     CycleError,
+    EnvError,
     InitError,
     NoWorkersError,
+    ParameterError,
     QueueClosedError,
     ReadError,
+    RemoteError,
     ResultError,
     SaveError,
     SourceChangedError,
@@ -56,13 +60,17 @@ from cellimg_dask.ops.tables import region_table
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.rules import BlockUpdate
+from cellimg_dask.schemas.block_schema import BlockSchema
+from cellimg_dask.schemas.describe import describe
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 
 __all__ = [
+    "Array",
     "Block",
     "BlockCode",
     "BlockError",
     "BlockQueue",
+    "BlockSchema",
     "BlockTimeoutError",
     "BlockUpdate",
     "CacheStats",
@@ -74,6 +82,7 @@ __all__ = [
     "Change",
     "CycleError",
     "Env",
+    "EnvError",
     "Halo",
     "InitError",
     "Input",
@@ -81,10 +90,12 @@ __all__ = [
     "NamedFunction",
     "NoContentError",
     "NoWorkersError",
+    "ParameterError",
     "Pyramid",
     "QueueClosedError",
     "ReadError",
     "Reduced",
+    "RemoteError",
     "Request",
     "ResultError",
     "Roi",
@@ -98,6 +109,7 @@ __all__ = [
     "WorkerDiedError",
     "blob_dog",
     "blob_log",
+    "describe",
     "fill_cells",
     "get_cache",
     "get_worker",

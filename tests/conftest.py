@@ -80,9 +80,9 @@ def make_environment(environments: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def other_python(make_environment: Callable[..., str]) -> str:
-    """Another Python that has an old NumPy and nothing else: the oldest of this machine."""
+    """Another Python, the oldest of this machine, with an old NumPy and a package we lack."""
     python, numpy = pythons.oldest()
-    return make_environment(f"numpy=={numpy}", python=python)
+    return make_environment(f"numpy=={numpy}", "PyWavelets<1.5", python=python)
 
 
 @pytest.fixture

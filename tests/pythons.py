@@ -66,21 +66,17 @@ def make_environment(folder: Path, python: str, requirements: Sequence[str]) -> 
     """
     words = json.dumps([os.path.realpath(python), *requirements])
     place = folder / hashlib.sha256(words.encode()).hexdigest()[:16]
-    made, failed = place / "made", folder / f"{place.name}.failed.{os.environ.get(_SESSION, '')}"
+    made = place / "made"
+    # Not tried again in this run; all its processes have the same number.
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    failed = folder / f"{place.name}.failed.{run}"
     with locked(folder / f"{place.name}.lock"):
         if failed.exists():
             raise NoEnvironmentError(failed.read_text())
-        if not made.exists():
+        if not (made.exists() and _python_in(place).exists()):
             shutil.rmtree(place, ignore_errors=True)
             try:
-                _run([python, "-m", "venv", str(place)])
-                _run(
-                    [
-                        *(str(_python_in(place)), "-m", "pip", "install", "--quiet", "--no-input"),
-                        *("--disable-pip-version-check", "--only-binary", ":all:"),
-                        *("--retries", "1", "--timeout", "20", *requirements),
-                    ]
-                )
+                _build(place, python, requirements)
             except NoEnvironmentError as error:
                 failed.write_text(str(error))
                 raise
@@ -88,7 +84,19 @@ def make_environment(folder: Path, python: str, requirements: Sequence[str]) -> 
     return str(_python_in(place))
 
 
-_SESSION = "PYTEST_XDIST_TESTRUNUID"
+def _build(place: Path, python: str, requirements: Sequence[str]) -> None:
+    install = [
+        *("install", "--quiet", "--no-input", "--no-compile", "--disable-pip-version-check"),
+        *("--only-binary", ":all:", "--retries", "1", "--timeout", "20", *requirements),
+    ]
+    inside = str(_python_in(place))
+    try:
+        # With the pip of this Python, in a third of the time.
+        _run([python, "-m", "venv", "--without-pip", str(place)])
+        _run([sys.executable, "-m", "pip", "--python", inside, *install])
+    except NoEnvironmentError:
+        _run([python, "-m", "venv", "--clear", str(place)])
+        _run([inside, "-m", "pip", *install])
 
 
 def _python_in(place: Path) -> Path:

@@ -12,7 +12,7 @@ __all__ = ["Block", "Box", "Outline"]
 
 
 class Block:
-    """What a fill function is given: a cell, the arrays to read and the array to write.
+    """A cell, the arrays to read and the array to write, as any Python has them.
 
     All shapes and indices are in NumPy axis order and in voxels of the output image.
     """

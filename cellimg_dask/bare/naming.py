@@ -164,9 +164,10 @@ def file_state(path: str) -> tuple[int, int]:
 
 
 def _run_file(path: str) -> ModuleType:
-    # A name of its own: the file may be called as a module of Python's, signal.py for instance.
+    # A name of its own: the file may be called as a module of Python's, signal.py for instance. Of
+    # a package that is nowhere, so that nobody pickles its functions as something to import.
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    name = f"cellimg_file_{Path(path).stem}_{mark}"
+    name = f"cellimg_file.{Path(path).stem}_{mark}"
     spec = spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
     assert spec is not None
     assert spec.loader is not None
@@ -180,13 +181,14 @@ def _run_file(path: str) -> ModuleType:
         sys.modules.pop(name, None)
         if isinstance(error, SyntaxError) or not isinstance(error, (Exception, SystemExit)):
             raise
-        if isinstance(error, ModuleNotFoundError):
+        relative = getattr(error, "name", None) == "cellimg_file"
+        if isinstance(error, ModuleNotFoundError) and not relative:
             raise ModuleNotFoundError(
                 f"{path} imports {error.name!r}, which is not in {here()}", name=error.name
             ) from error
         hint = (
             "; a module of a package is named by its package: 'package.module:function'"
-            if "relative import" in str(error)
+            if relative
             else ""
         )
         raise ImportError(f"running {path} failed with {_told(error)}{hint}") from error

@@ -61,7 +61,7 @@ class Runner(Runtime):
             args = [Block(Outline(request["block"]), data, tuple(args), kwargs)]
             kwargs = {}
         if with_task:
-            kwargs["task"] = server.task(Task)
+            kwargs.setdefault("task", server.task(Task))
         result = function(*args, **kwargs)
         return {"outputs": self._given_out(result, segment, request["end"], server)}, []
 

@@ -386,6 +386,9 @@ def _reserve(descriptor: int, size: int) -> None:
     # is missing, as on macOS, the memory is swapped.
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
+        # PyPy does not look at the answer. A block of this count has 512 bytes.
+        if sys.platform == "linux" and os.fstat(descriptor).st_blocks * 512 < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _track(name: str) -> None:

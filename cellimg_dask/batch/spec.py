@@ -10,9 +10,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cellimg_dask.geometry import BOUNDARIES
+from cellimg_dask.schemas.description import is_description
 
 __all__ = [
     "KINDS",
+    "CondaSpec",
+    "EnvSpec",
     "ImageStage",
     "InputSpec",
     "LabelsStage",
@@ -23,6 +26,7 @@ __all__ = [
     "Spec",
     "Stage",
     "TableStage",
+    "UvSpec",
     "WholeSpec",
     "entries",
     "meaning",
@@ -76,6 +80,84 @@ class SlurmSpec(_Model):
     """Other arguments of ``dask_jobqueue.SLURMCluster``."""
 
 
+class UvSpec(_Model):
+    """An environment that uv makes."""
+
+    python: str | None = None
+    """Version of Python, in quotes, such as ``"3.12"``."""
+    pip: list[str] = []
+    """Packages, such as ``numpy<2``."""
+    download: bool = False
+    """Whether uv may be downloaded."""
+
+    @field_validator("python", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)):
+            raise ValueError(
+                f'write the version in quotes, such as "3.10", as a number 3.1; got {value}'
+            )
+        return value
+
+
+class CondaSpec(_Model):
+    """An environment with packages of conda."""
+
+    file: str | None = None
+    """An ``environment.yml``, or for pixi its own, relative to the spec's folder, in place of all
+    else."""
+    packages: list[str] = []
+    """Of conda, such as ``python=3.10``."""
+    pip: list[str] = []
+    """Packages, such as ``numpy<2``."""
+    channels: list[str] | None = None
+    """Where packages of conda are from; default: conda-forge."""
+    download: bool = False
+    """Whether the tool that makes it may be downloaded."""
+
+
+class EnvSpec(_Model):
+    """Another Python, by one of these."""
+
+    venv: str | None = None
+    """Folder of a virtual environment, relative to the spec's."""
+    uv: UvSpec | None = None
+    """One that uv makes, with python and pip."""
+    conda: CondaSpec | None = None
+    """One that micromamba makes, with a file, or with packages and pip."""
+    pixi: CondaSpec | None = None
+    """One that pixi makes, with a file, or with packages and pip."""
+    variables: dict[str, str] = {}
+    """Environment variables for its processes."""
+
+    @property
+    def kind(self) -> str:
+        """Which one it is."""
+        return next(name for name in _ENVIRONMENTS if getattr(self, name) is not None)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it may have to be made first."""
+        return self.venv is None
+
+    def __str__(self) -> str:
+        given = getattr(self, self.kind)
+        if isinstance(given, str):
+            return f"{self.kind} {given}"
+        facts = given.model_dump(exclude_defaults=True)
+        texts = [f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in facts.items()]
+        return f"{self.kind} with {'; '.join(texts)}" if texts else self.kind
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> EnvSpec:
+        if sum(getattr(self, name) is not None for name in _ENVIRONMENTS) != 1:
+            raise ValueError(f"give one of {', '.join(_ENVIRONMENTS)}")
+        return self
+
+
+_ENVIRONMENTS = ("venv", "uv", "conda", "pixi")
+
+
 class QueueSpec(_Model):
     """Where blocks run."""
 
@@ -85,6 +167,8 @@ class QueueSpec(_Model):
     """Threads or processes; on a cluster how many to wait for."""
     init: str | None = None
     """Code that prepares each worker."""
+    env: EnvSpec | None = None
+    """Another Python for functions: venv, uv, conda or pixi."""
     resources: dict[str, float] | None = None
     """On a cluster: what a cell needs."""
     timeout_s: float = Field(default=60.0, gt=0)
@@ -93,6 +177,11 @@ class QueueSpec(_Model):
     """Whether a scheduler without TLS on another host is accepted."""
     slurm: SlurmSpec | None = None
     """A cluster to start, instead of a backend."""
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _folder_alone(cls, value: Any) -> Any:
+        return {"venv": value} if isinstance(value, str) else value
 
 
 class Settings(_Model):
@@ -169,7 +258,8 @@ class _FromBlocks(Stage):
     inputs: list[InputSpec]
     """Arrays that blocks read: a path or a stage, or a list of these or of entries with a path."""
     function: str | None = None
-    """``module:name`` or ``file.py:name`` of a function from arrays to an array."""
+    """``module:name`` or ``file.py:name`` of a function from arrays to an array, or a file that
+    describes one."""
     params: dict[str, Any] = {}
     """Keyword parameters."""
     version: str | None = None
@@ -188,7 +278,12 @@ class _FromBlocks(Stage):
     @field_validator("function")
     @classmethod
     def _names_a_function(cls, value: str | None) -> str | None:
-        return _checked_name(value)
+        return value if value is not None and is_description(value) else _checked_name(value)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether the function is described in a file."""
+        return self.function is not None and is_description(self.function)
 
     @model_validator(mode="after")
     def _some_input(self) -> _FromBlocks:
@@ -221,8 +316,9 @@ class ImageStage(_Voxels):
     """Code that fills ``block.data``, instead of a function."""
     dtype: str | None = None
     """Of the result."""
-    halo: Halo = 0
-    """Voxels that a block reads around its cell: a number, or one or [before, after] per axis."""
+    halo: Halo | None = None
+    """Voxels that a block reads around its cell: a number, or one or [before, after] per axis;
+    default: what a description says, else 0."""
     fill_value: float | int | bool = 0
     """Value of voxels that are not stored."""
     cells_per_call: Positive | list[Positive] | Literal["auto"] | None = None
@@ -262,7 +358,8 @@ class LabelsStage(_Voxels):
     connectivity: Positive | None = None
     """With threshold: how many axes neighbours may differ in; default: 1."""
     halo: Halo | None = None
-    """With function: voxels that a block reads around its cell, at least 1 where cells meet."""
+    """With function: voxels that a block reads around its cell, at least 1 where cells meet; a
+    description may say it."""
     load_model: str | None = None
     """With function: one that makes a model, which function is given before the arrays."""
     normalize: tuple[float, float] | None = None
@@ -292,7 +389,7 @@ class LabelsStage(_Voxels):
     def _one_way(self) -> LabelsStage:
         if (self.function is None) == (self.threshold is None):
             raise ValueError("give either function or threshold")
-        if self.function is not None and self.halo is None:
+        if self.function is not None and self.halo is None and not self.is_described:
             raise ValueError("give halo: blocks are linked by the voxels that both label")
         if self.function is not None and self.connectivity is not None:
             raise ValueError("connectivity goes with threshold; a function decides by itself")
@@ -331,7 +428,8 @@ class PointsStage(_Table, _FromBlocks):
     merge: Literal["own"] | tuple[Literal["seam"], float] | None = None
     """With function: own, or [seam, tolerance] where blocks see other centres; default: own."""
     halo: Halo | None = None
-    """With function: voxels that a block reads around its cell; default: 0."""
+    """With function: voxels that a block reads around its cell; default: what a description says,
+    else 0."""
     axes: str | list[str] | None = None
     """Names of the coordinates, such as zyx; default: axis-0 and so on."""
     voxel_size: Size | list[Size] | None = None
@@ -449,7 +547,16 @@ class Spec:
         return found
 
 
-_MODELS: tuple[type[_Model], ...] = (*KINDS.values(), WholeSpec, InputSpec, QueueSpec, SlurmSpec)
+_MODELS: tuple[type[_Model], ...] = (
+    *KINDS.values(),
+    WholeSpec,
+    InputSpec,
+    QueueSpec,
+    SlurmSpec,
+    EnvSpec,
+    UvSpec,
+    CondaSpec,
+)
 
 
 def entries() -> list[str]:

@@ -164,7 +164,7 @@ class _Contents:
         if kind is CodeType:
             return self._code(value, name)
         if kind is Shipped:
-            return self.of(value.user, name)
+            return self._shipped(value, name)
         if kind is functools.partial:
             given = self.of([value.args, value.keywords], f"the arguments of {name}")
             return ["partial", self.of(value.func, name), given]
@@ -228,6 +228,15 @@ class _Contents:
         except NoContentError as error:
             raise NoContentError(f"{name}: {error}") from None
         return content if kind in ("ndarray", "memmap") else [kind, content]
+
+    def _shipped(self, shipped: Shipped, name: str) -> Any:
+        try:
+            return self.of(shipped.user, name)
+        except NoContentError:
+            if set(shipped.spec) != {"name"}:
+                raise
+            # Of a package of the environment, whose token tells the versions of its packages.
+            return ["name", shipped.spec["name"]]
 
     def _block_code(self, code: BlockCode, name: str) -> Any:
         parts = [compile(text or "", "<BlockCode>", "exec") for text in (code.init, code.code)]

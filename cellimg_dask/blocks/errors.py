@@ -19,11 +19,13 @@ __all__ = [
     "BlockTimeoutError",
     "CellimgError",
     "CycleError",
+    "EnvError",
     "InitError",
     "NoWorkersError",
     "ParameterError",
     "QueueClosedError",
     "ReadError",
+    "RemoteError",
     "ResultError",
     "SaveError",
     "SourceChangedError",
@@ -118,12 +120,23 @@ class CycleError(CellError, RuntimeError):
     """A cell was asked for, directly or through others, while it was being computed."""
 
 
+class RemoteError(CellimgError, RuntimeError):
+    """What a function raised in another environment, of a class that is not known here.
+
+    The text says the class, and a note has the traceback.
+    """
+
+
 class InitError(CellimgError, RuntimeError):
     """The ``init`` of a block function or of a queue failed; no block ran after it."""
 
 
 class BlockTimeoutError(BlockError, TimeoutError):
     """A block took longer than its queue allows; its worker process was killed."""
+
+
+class EnvError(CellimgError, RuntimeError):
+    """Another Python environment cannot be used or made; the message says what would help."""
 
 
 class WorkerDiedError(BlockError):

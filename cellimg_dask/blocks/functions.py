@@ -17,6 +17,7 @@ from cellimg_dask.blocks.errors import (
     BlockError,
     CellimgError,
     InitError,
+    RemoteError,
     ResultError,
     describe,
 )
@@ -84,7 +85,9 @@ def _call(
     except TaskCancelledError:
         # Nobody waits for the cell.
         raise
-    except CellimgError:
+    except CellimgError as error:
+        if isinstance(error, RemoteError):
+            raise BlockError(name, plan.position, roi or plan.roi, str(error)) from error
         # A failure of an image that the function itself reads, or of its init, named already.
         raise
     except (Exception, SystemExit) as error:

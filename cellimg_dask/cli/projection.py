@@ -49,10 +49,12 @@ def projected(stage: Stage, loader: CellLoader, target: str, cells_per_call: Any
     own = sum(prod(reader.shape) * reader.dtype.itemsize for reader in loader.readers)
     # Values stand for blocks of a grid of their own.
     blocks = getattr(loader.function, "grid", None) or grid
+    env = stage.queue.env
     return {
         "shape": f"{grid.shape} {loader.dtype}, {format_bytes(nbytes)}",
         "cells": f"{grid.num_cells:,} of {blocks.cell_shape}, {grid.grid_shape} in the grid",
         "function": loader.function.name,
+        **({} if env is None else {"environment": str(env)}),
         "read": f"{format_bytes(read * calls)} by all blocks together, "
         f"{read * calls / max(own, 1):.2f} times the inputs because of the halo",
         "written": f"{format_bytes(nbytes)} before compression, to {target}",

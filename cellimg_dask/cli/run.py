@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cellimg_dask.cli.spec_file import place_of, read_spec, write_resolved
+from cellimg_dask.cli.spec_file import place_of, read_spec, refuse, write_resolved
 
 if TYPE_CHECKING:
     import cellimg_dask as ci
@@ -81,6 +81,7 @@ def run(
     from cellimg_dask.cli.stages import Stages
 
     with _telling() as now, Stages(described, spec.parent) as stages:
+        _check_params(spec, names, stages, now)
         for name in names:
             now(name)
             stage = described.stages[name]
@@ -96,6 +97,16 @@ def run(
                     click.echo(f"not begun: {', '.join(left)}, which come after {name}", err=True)
                 sys.exit(FAILED)
             stages.use_stored(name)
+
+
+def _check_params(path: Path, names: list[str], stages: Stages, now: Callable[[str], None]) -> None:
+    """Refuse parameters that functions do not take, before anything runs."""
+    mistakes: dict[str, str] = {}
+    for name in names:
+        now(name)
+        mistakes |= stages.mistakes(name)
+    now("")
+    refuse(path, mistakes)
 
 
 def _run_stage(
@@ -166,6 +177,7 @@ def plan(spec: Path, changes: tuple[str, ...]) -> None:
     from cellimg_dask.cli.stages import Stages, slurm_cluster
 
     with _telling() as now, Stages(described, spec.parent, start=False) as stages:
+        _check_params(spec, list(described.stages), stages, now)
         for name in described.stages:
             now(name)
             for title, facts in _plans(described, name, stages):

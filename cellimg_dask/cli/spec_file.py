@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cellimg_dask.cli.require import require
+from cellimg_dask.schemas.description import is_description
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
     from cellimg_dask.batch.spec import Spec, Stage
 
-__all__ = ["place_of", "read_spec", "write_resolved"]
+__all__ = ["place_of", "read_spec", "refuse", "write_resolved"]
 
 
 def read_spec(path: Path, changes: Sequence[str] = (), target: str | None = None) -> Spec:
@@ -58,10 +59,15 @@ def read_spec(path: Path, changes: Sequence[str] = (), target: str | None = None
     stages, cache_bytes, mistakes = _checked(content)
     spec = Spec(stages, cache_bytes)
     mistakes = mistakes or spec.mistakes()
+    refuse(path, mistakes)
+    return spec
+
+
+def refuse(path: Path, mistakes: dict[str, str]) -> None:
+    """Say what is wrong with a spec, if anything is: the entry, and what is expected."""
     if mistakes:
         lines = [f"  {name}: {text}" for name, text in mistakes.items()]
         raise click.UsageError("\n".join([f"{path} has mistakes:", *lines]))
-    return spec
 
 
 def _set(content: dict[Any, Any], change: str) -> None:
@@ -230,6 +236,13 @@ def _resolved(spec: Spec, name: str, folder: Path) -> dict[str, Any]:
     for entry in ("function", "load_model"):
         if content.get(entry) is not None:
             content[entry] = _absolute_function(folder, content[entry])
+    env = content["queue"]["env"]
+    if env is not None:
+        if env["venv"] is not None:
+            env["venv"] = _absolute(folder, env["venv"])
+        for tool in ("conda", "pixi"):
+            if env[tool] is not None and env[tool]["file"] is not None:
+                env[tool]["file"] = _absolute(folder, env[tool]["file"])
     if "extra_properties" in content:
         content["extra_properties"] = [
             _absolute_function(folder, given)
@@ -243,7 +256,7 @@ def _resolved(spec: Spec, name: str, folder: Path) -> dict[str, Any]:
 
 
 def _absolute_function(folder: Path, name: str) -> str:
-    return _absolute(folder, name) if ".py:" in name else name
+    return _absolute(folder, name) if ".py:" in name or is_description(name) else name
 
 
 def _absolute(folder: Path, name: str) -> str:

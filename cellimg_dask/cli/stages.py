@@ -11,8 +11,10 @@ from typing import Any
 import click
 
 import cellimg_dask as ci
+from cellimg_dask.bare.naming import is_file_name, split_name
 from cellimg_dask.batch.named import above, load_function
 from cellimg_dask.batch.spec import (
+    EnvSpec,
     ImageStage,
     InputSpec,
     LabelsStage,
@@ -23,9 +25,15 @@ from cellimg_dask.batch.spec import (
     Stage,
     TableStage,
 )
+from cellimg_dask.blocks.errors import ParameterError
+from cellimg_dask.blocks.named import NamedFunction
 from cellimg_dask.cli.files import open_file
 from cellimg_dask.cli.require import require
 from cellimg_dask.cli.spec_file import place_of
+from cellimg_dask.queues.environments import Env
+from cellimg_dask.schemas.block_schema import BlockSchema
+from cellimg_dask.schemas.describe import describe
+from cellimg_dask.schemas.description import read_description
 
 __all__ = ["Stages", "slurm_cluster"]
 
@@ -50,7 +58,8 @@ class Stages:
         self._stack = ExitStack()
         self._made: dict[str, Any] = {}
         self._stored: set[str] = set()
-        self._functions: dict[str, Callable[..., Any]] = {}
+        self._functions: dict[tuple[str, bool], Callable[..., Any]] = {}
+        self._params: dict[int, tuple[dict[str, Any], dict[str, str]]] = {}
         self._queues: list[tuple[QueueSpec, ci.BlockQueue | None]] = []
 
     def __enter__(self) -> Stages:
@@ -72,6 +81,53 @@ class Stages:
     def use_stored(self, name: str) -> None:
         """From now on read what a stage has written."""
         self._stored.add(name)
+
+    def mistakes(self, name: str) -> dict[str, str]:
+        """Return what is wrong with the parameters of a stage: the entry, and what is expected."""
+        stage = self._spec.stages[name]
+        if not isinstance(stage, (ImageStage, LabelsStage, PointsStage)):
+            return {}
+        prefix = f"stages.{name}.params." if name else "params."
+        _, found = self._checked_params(stage)
+        return {f"{prefix}{entry}": text for entry, text in found.items()}
+
+    def _checked_params(
+        self, stage: ImageStage | LabelsStage | PointsStage
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return parameters as the function takes them, and what is wrong with them."""
+        if id(stage) not in self._params:
+            self._params[id(stage)] = stage.params, {}
+            schema = self._schema(stage)
+            if schema is not None:
+                try:
+                    self._params[id(stage)] = schema.checked(stage.params), {}
+                except ParameterError as error:
+                    self._params[id(stage)] = stage.params, error.mistakes
+        return self._params[id(stage)]
+
+    def _schema(self, stage: ImageStage | LabelsStage | PointsStage) -> BlockSchema | None:
+        """Return what the function of a stage takes, as far as that is known."""
+        if isinstance(stage, PointsStage) and stage.detector is not None:
+            return describe(_detector(stage.detector), inputs=1, strict=False)
+        if stage.function is None:
+            return None
+        function = self._function(stage)
+        env = stage.queue.env
+        if isinstance(function, BlockSchema):
+            return function
+        if env is not None and env.is_made and not self._start:
+            return None  # It would have to be made, only to be asked.
+        try:
+            signature = describe(
+                function,
+                None if env is None else _environment(env, self._folder),
+                inputs=len(stage.inputs),
+                before=int(getattr(stage, "load_model", None) is not None),
+                strict=False,
+            )
+        except TypeError:
+            return None  # Python cannot tell its signature.
+        return signature
 
     def _image(self, stage: ImageStage) -> ci.CellImg:
         inputs = [self._input(item) for item in stage.inputs]
@@ -102,12 +158,11 @@ class Stages:
     def _labels(self, stage: LabelsStage) -> ci.CellImg:
         inputs = [self._input(item) for item in stage.inputs]
         if stage.threshold is None:
-            assert stage.halo is not None
             from cellimg_dask.ops.segment import segment
 
             more: dict[str, Any] = self._common(stage) | stage.for_a_network
             if stage.load_model is not None:
-                more["load_model"] = self._named(stage.load_model)
+                more["load_model"] = self._named(stage.load_model, stage)
             plain = stage.load_model is None and not stage.for_a_network
             make: Any = ci.map_labels if plain else segment
             labels: ci.CellImg = make(
@@ -146,16 +201,14 @@ class Stages:
             "cell_shape": stage.cell_shape,
         }
         if stage.detector is not None:
-            from cellimg_dask.ops.detect import blob_dog, blob_log
-
-            detect: Any = {"blob_log": blob_log, "blob_dog": blob_dog}[stage.detector]
+            detect: Any = _detector(stage.detector)
             return detect(*inputs, queue=self._queue(stage.queue), **columns, **stage.params)
         from cellimg_dask.ops.points import map_points
 
         return map_points(
             self._function(stage),
             *inputs,
-            halo=stage.halo or 0,
+            halo=stage.halo,
             columns=stage.columns,
             merge=stage.merge or "own",
             **columns,
@@ -166,7 +219,9 @@ class Stages:
         from cellimg_dask.ops.tables import region_table
 
         extra = [
-            self._named(given) if isinstance(given, str) else (self._named(given[0]), given[1])
+            self._named(given, stage)
+            if isinstance(given, str)
+            else (self._named(given[0], stage), given[1])
             for given in stage.extra_properties
         ]
         return region_table(
@@ -184,20 +239,30 @@ class Stages:
     def _common(self, stage: ImageStage | LabelsStage | PointsStage) -> dict[str, Any]:
         return {
             "boundary": stage.boundary,
-            "params": stage.params,
+            "params": self._checked_params(stage)[0],
             "queue": self._queue(stage.queue),
             "version": stage.version,
         }
 
     def _function(self, stage: ImageStage | LabelsStage | PointsStage) -> Callable[..., Any]:
         assert stage.function is not None
-        return self._named(stage.function)
+        if stage.is_described:
+            return read_description(self._folder / stage.function)
+        return self._named(stage.function, stage)
 
-    def _named(self, name: str) -> Callable[..., Any]:
-        if name not in self._functions:
-            # A file is run once, whoever names it.
-            self._functions[name] = load_function(name, self._folder)
-        return self._functions[name]
+    def _named(self, name: str, stage: Stage) -> Callable[..., Any]:
+        elsewhere = stage.queue.env is not None
+        key = name, elsewhere
+        if key not in self._functions:
+            if elsewhere:
+                # It need not be possible to import it here.
+                place, attribute = split_name(name)
+                whole = str(self._folder.absolute() / place) if is_file_name(place) else place
+                self._functions[key] = NamedFunction(f"{whole}:{attribute}")
+            else:
+                # A file is run once, whoever names it.
+                self._functions[key] = load_function(name, self._folder)
+        return self._functions[key]
 
     def _input(self, item: InputSpec) -> ci.Input:
         array, version = self._array(item)
@@ -240,7 +305,7 @@ class Stages:
         for described, queue in self._queues:
             if described == wanted:
                 return queue
-        queue = self._stack.enter_context(_queue(wanted))
+        queue = self._stack.enter_context(_queue(wanted, self._folder))
         self._queues.append((wanted, queue))
         return queue
 
@@ -253,8 +318,26 @@ _MAKERS: dict[type[Stage], Callable[[Stages, Any], Any]] = {
 }
 
 
+def _detector(name: str) -> Callable[..., Any]:
+    from cellimg_dask.ops.detect import blob_dog, blob_log
+
+    detectors: dict[str, Callable[..., Any]] = {"blob_log": blob_log, "blob_dog": blob_dog}
+    return detectors[name]
+
+
+def _environment(spec: EnvSpec, folder: Path) -> Env:
+    """Return the environment that a spec describes."""
+    if spec.venv is not None:
+        return Env.venv(folder / spec.venv, variables=spec.variables)
+    arguments = getattr(spec, spec.kind).model_dump(exclude_defaults=True)
+    if "file" in arguments:
+        arguments["file"] = folder / arguments["file"]
+    env: Env = getattr(Env, spec.kind)(**arguments, variables=spec.variables)
+    return env
+
+
 @contextmanager
-def _queue(wanted: QueueSpec) -> Iterator[ci.BlockQueue | None]:
+def _queue(wanted: QueueSpec, folder: Path) -> Iterator[ci.BlockQueue | None]:
     with ExitStack() as stack:
         backend: Any = wanted.backend
         extra: dict[str, Any] = {}
@@ -269,6 +352,8 @@ def _queue(wanted: QueueSpec) -> Iterator[ci.BlockQueue | None]:
         elif wanted == type(wanted)():
             yield None
             return
+        if wanted.env is not None:
+            extra["env"] = _environment(wanted.env, folder)
         yield stack.enter_context(ci.BlockQueue(wanted.num_workers, wanted.init, backend, **extra))
 
 

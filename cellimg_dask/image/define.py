@@ -67,8 +67,8 @@ def map_cells(
         schema, see `describe`, says halo and dtype where these are not given, and what inputs and
         parameters have to be.
     *inputs : array-like or Input
-        NumPy, memory-mapped, zarr, h5py, tensorstore or dask arrays, lazy images, anything with
-        ``shape``, ``dtype`` and ``__getitem__``. Shapes are equal or broadcast as in NumPy;
+        NumPy, memory-mapped, shared, zarr, h5py, tensorstore or dask arrays, lazy images, anything
+        with ``shape``, ``dtype`` and ``__getitem__``. Shapes are equal or broadcast as in NumPy;
         `Input` gives an input its own halo, boundary or mapping.
     halo : int, per-axis ints, or per-axis (before, after) pairs, optional
         Extra voxels that a block reads, in axes of the inputs; any width. Default: none. One width

@@ -147,7 +147,7 @@ def _check_names(f: Callable[..., Any], num_given: int, params: Mapping[str, Any
         for one in parameters
         if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
         and one.name not in arrays
-        and one.name != "task"
+        and (one.name != "task" or "task" in params)
     }
     mistakes = {}
     for name in params:

@@ -61,9 +61,10 @@ class Image(Protocol):
 class ContentKeys:
     """Makes the keys of an image's cells.
 
-    A key tells the function, its parameters, the queue's ``init``, grid, halo, boundary, dtype,
-    the cell, and what the cell reads of each input, halo included: bytes of an array, the files
-    of a store's chunks with size and time of change, the keys of another image's cells.
+    A key tells the function, its parameters, the queue's ``init`` and environment, grid, halo,
+    boundary, dtype, the cell, and what the cell reads of each input, halo included: bytes of an
+    array, the files of a store's chunks with size and time of change, the keys of another image's
+    cells.
 
     Parameters
     ----------
@@ -191,6 +192,7 @@ def _definition(loader: Image) -> Any:
     name = loader.function.name
     version = job.version
     init = None if loader.queue is None else getattr(loader.queue, "init", None)
+    env = None if loader.queue is None else getattr(loader.queue, "env", None)
 
     def content(value: Any, what: str) -> Any:
         try:
@@ -212,6 +214,7 @@ def _definition(loader: Image) -> Any:
         else content(getattr(loader.function, "function"), name),  # noqa: B009
         {key: content(value, f"params[{key!r}]") for key, value in job.params.items()},
         content(BlockCode(init) if isinstance(init, str) else init, "init"),
+        *([] if env is None else [["env", env.token]]),
         dtype_content(job.dtype),
         loader.grid.shape,
         loader.grid.cell_shape,

@@ -16,6 +16,7 @@ from cellimg_dask.bare.block import Outline
 from cellimg_dask.bare.trees import decode, encode, with_attached
 from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.block import Block
+from cellimg_dask.blocks.errors import QueueClosedError
 from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob
@@ -76,6 +77,8 @@ class EnvBlocks:
         out: NDArray[Any] | None,
     ) -> NDArray[Any]:
         """Compute a cell; see `BlockFunction.apply`."""
+        if self._workers.closed:
+            raise QueueClosedError("the queue was closed; make a new BlockQueue")
         function = self._bound.get(job)
         if function is None:
             function = self._bound[job] = job.function.bound(self._bind)

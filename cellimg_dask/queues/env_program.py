@@ -10,7 +10,7 @@ from typing import Any
 from cellimg_dask import bare
 from cellimg_dask.bare.trees import with_attached
 from cellimg_dask.bare.wire import Message
-from cellimg_dask.blocks.errors import CellimgError, InitError
+from cellimg_dask.blocks.errors import CellimgError, InitError, RemoteError
 from cellimg_dask.queues.environments import Env
 
 __all__ = ["EnvProgram", "bare_options"]
@@ -73,8 +73,8 @@ class EnvProgram:
             try:
                 error = known(message)
             except Exception:
-                error = CellimgError(f"{kind}: {message}")
+                error = RemoteError(f"{kind}: {message}")
         else:
-            error = CellimgError(f"{kind}: {message}")
+            error = RemoteError(f"{kind}: {message}")
         error.add_note(f"In {self.env!r}:\n{text}")
         return error

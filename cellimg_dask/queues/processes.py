@@ -91,11 +91,7 @@ class ProcessBlocks:
 
         errand = Errand(job.function.name, plan, job, lambda: _lesson(job), request)
         _, objects = self._workers.do(errand)
-        result: NDArray[Any]
-        if objects:
-            result = pickle.loads(objects[0])
-        else:
-            result = room.array_at(result_at)
+        result: NDArray[Any] = pickle.loads(objects[0]) if objects else room.array_at(result_at)
         return result
 
     def close(self, wait_s: float | None) -> bool:

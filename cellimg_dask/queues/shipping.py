@@ -65,7 +65,7 @@ def ship(function: Any) -> dict[str, Any] | None:
     if not isinstance(function, FunctionType):
         raise TypeError(f"{_of(function)} cannot be sent to another Python; {ADVICE}")
     module = sys.modules.get(function.__module__)
-    if function.__module__.startswith("cellimg_file_") and "<" not in function.__qualname__:
+    if function.__module__.startswith("cellimg_file.") and "<" not in function.__qualname__:
         # Of a file that was run here; it is run there.
         path = getattr(module, "__file__", None)
         if path is not None:

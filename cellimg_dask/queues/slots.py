@@ -91,7 +91,7 @@ class Room:
         return segment.name
 
     def grow(self, nbytes: int) -> str:
-        """Have another segment, of so many bytes; the worker keeps what it has of the one before."""
+        """Have another segment, of so many bytes; the worker keeps what it has of the other."""
         self._segment = self._slot.with_room(nbytes)
         return self._segment.name
 

@@ -155,7 +155,7 @@ class _Text:
 
     def _module(self, module: ModuleType, name: str) -> str:
         title = module.__name__
-        if getattr(module, "__spec__", None) is None or title.startswith("cellimg_file_"):
+        if getattr(module, "__spec__", None) is None or title.startswith("cellimg_file."):
             raise TypeError(f"{name} is the module {title}, which cannot be imported; {ADVICE}")
         self._search(title)
         return self.keep(f"__import__('importlib').import_module({title!r})", name)

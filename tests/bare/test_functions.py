@@ -248,7 +248,7 @@ def test_who_wants_the_task() -> None:
         (
             {"name": "no_such_module_at_all:f"},
             ModuleNotFoundError,
-            r"No module named 'no_such_module_at_all' in Python \d+\.\d+\.\d+ at .*python.*; install",
+            r"No module named 'no_such_module_at_all' in Python 3.* at .*python.*; install",
         ),
         ({"name": "json.decoders:f"}, ModuleNotFoundError, "'json.decoders'.*'json' is there, at"),
         (
@@ -294,7 +294,7 @@ def test_modules_and_files_that_fail_say_where(module: Any) -> None:
     with raises(ImportError, "running .*bare_user_module.py failed with ZeroDivision"):
         Functions().load(file)
     module("from . import other")
-    with raises(ImportError, "relative import.*package.module:function"):
+    with raises(ImportError, "package is named by its package: 'package.module:function'"):
         Functions().load(file)
     module("def f(): return 1")
     assert Functions().load(file)() == 1

@@ -230,6 +230,15 @@ def test_a_name_that_cannot_be_one_is_refused(wrong: str) -> None:
         Segment.attach(5)  # type: ignore[arg-type]
 
 
+def test_a_name_fits_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    # macOS has room for 31 characters with the slash.
+    monkeypatch.setattr(segments, "LONGEST_NAME", 30)
+    Segment.create("x" * 30, 5).unlink()
+    with pytest.raises(ValueError, match="at most 30 characters on this system, not 31"):
+        Segment.create("x" * 31, 5)
+    Segment.create(None, 5).unlink()
+
+
 @linux
 def test_names_as_long_as_they_may_be() -> None:
     segment = Segment.create("x" * LONGEST_NAME, 5)
@@ -287,6 +296,17 @@ def test_a_limit_of_the_process_is_want_of_room(
     monkeypatch.setattr(os, "posix_fallocate", refused, raising=False)
     with pytest.raises(MemoryError, match="no room for 1,000 bytes"):
         Segment.create(name, 1000)
+    assert not exists(name)
+
+
+@linux
+def test_room_that_was_promised_and_is_not_there_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # As PyPy does.
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: None)
+    with pytest.raises(MemoryError, match="no room for 1,000,000 bytes"):
+        Segment.create(name, 1_000_000)
     assert not exists(name)
 
 

@@ -353,9 +353,46 @@ def test_a_dead_owners_name_can_be_taken(name: str) -> None:
     made.close()
 
 
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_a_reader_that_has_the_owners_tracker_harms_nothing(
+    name: str, how: str, start: Start, until: Until, tmp_path: Path
+) -> None:
+    # What is made known to it twice, or not any more, would not outlive the reader, or be left.
+    (tmp_path / "reading.py").write_text(
+        "def read(folder, name):\n"
+        "    import sys, types\n"
+        "    package = types.ModuleType('cellimg_worker')\n"
+        "    package.__path__ = [folder]\n"
+        "    sys.modules['cellimg_worker'] = package\n"
+        "    from cellimg_worker import shared\n"
+        "    with shared.open(name) as theirs:\n"
+        "        theirs[0] += 1\n"
+    )
+    code = """
+import multiprocessing, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+name, how, folder, bare = sys.argv[1:]
+sys.path.insert(0, folder)
+import reading
+if __name__ == "__main__":
+    mine = shared.put(name, np.zeros(3))
+    for _ in range(2):
+        other = multiprocessing.get_context(how).Process(target=reading.read, args=(bare, name))
+        other.start()
+        other.join()
+    say(mine[0], mine.is_removed)
+    said()
+"""
+    other = start(sys.executable, code, name, how, str(tmp_path), FOLDER)
+    assert other.hear() == "2.0 False"
+    other.kill()
+    until(lambda: not exists(name))
+
+
 def test_a_forked_child_is_no_owner(name: str, start: Start) -> None:
     code = """
-import multiprocessing
+import multiprocessing, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
 mine = shared.put(sys.argv[1], np.zeros(3))
 child = os.fork()
 if not child:

@@ -195,8 +195,14 @@ def test_edits_of_a_source_are_seen_by_others(name: str, image: Any) -> None:
         np.testing.assert_array_equal(lazy[...], maximum(changed))
         assert len(changes) == 1
         assert callback is not None
-        # Who took a snapshot has what is in memory, or is told; nobody gets a mixture.
+        # Who took a snapshot has what was computed, or is told; nobody gets a mixture.
         np.testing.assert_array_equal(before[12:, 12:, 12:], maximum(image)[12:, 12:, 12:])
+        late = ci.map_cells(maximum, source, halo=1, dtype="u2", cell_shape=15).snapshot()
+        with source.edit() as a:
+            a[:] = 1
+        with pytest.raises(ci.CellimgError, match="holds but one version"):
+            late[0, 0, 0]
+        assert theirs.array.max() == theirs.array.min() == 1
 
 
 def test_a_source_copies_the_cells_that_are_read_only(name: str) -> None:

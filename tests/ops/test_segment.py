@@ -374,8 +374,10 @@ def test_bad_results(result: Callable[..., Any], error: str) -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "error"),
     [
-        ({"predict": "stardist"}, TypeError, "predict must be callable"),
-        ({"load_model": "2D_versatile_fluo"}, TypeError, "load_model must be callable"),
+        ({"predict": "stardist"}, ValueError, "'stardist' has no colon"),
+        ({"predict": 1}, TypeError, "predict must be callable"),
+        ({"load_model": "2D_versatile_fluo"}, ValueError, "fluo' has no colon"),
+        ({"load_model": 1}, TypeError, "load_model must be callable"),
         ({"normalize": True}, TypeError, "two numbers"),
         ({"normalize": (99.8, 1)}, ValueError, "lower one first"),
         ({"normalize": (1, 101)}, ValueError, "from 0 to 100"),

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import scipy.ndimage as ndi
@@ -35,6 +36,11 @@ def smooth(a, width=1):
         for step in range(-width, width + 1):
             total = total + np.roll(a, step, axis)
     return total
+
+def approximate(a, level=1):
+    import pywt
+
+    return pywt.wavedec2(a, "haar", level=level)[0]
 
 def version(a):
     major, minor = np.__version__.split(".")[:2]
@@ -169,7 +175,7 @@ def env(other_python: str) -> ci.Env:
     return ci.Env.venv(Path(other_python).parents[1])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def queue(env: ci.Env) -> Iterator[ci.BlockQueue]:
     """Two workers there."""
     with ci.BlockQueue(2, "threshold = 7", env=env) as queue:
@@ -224,6 +230,18 @@ def test_arrays_of_any_dtype_go_there_and_back(queue: ci.BlockQueue, dtype: Any)
     np.testing.assert_array_equal(result, image)
 
 
+def test_a_package_that_is_not_here(queue: ci.BlockQueue, file: str, shared_data: Any) -> None:
+    with pytest.raises(ImportError):
+        import pywt  # noqa: F401
+    tifffile = pytest.importorskip("tifffile")
+    image = tifffile.imread(shared_data / "brain_signal.tif")[4, :240, :240].astype(float)
+    there = ci.map_cells(
+        f"{file}:approximate", image, dtype=float, shrink=2, cell_shape=(30, 40), queue=queue
+    )[...]
+    here = image.reshape(120, 2, 120, 2).sum((1, 3)) / 2
+    np.testing.assert_allclose(there, here, rtol=1e-14)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0, 2), (1, 1, 1, 1), (5, 4, 3)])
 def test_images_of_any_shape(queue: ci.BlockQueue, file: str, shape: tuple[int, ...]) -> None:
     image = np.arange(np.prod(shape, dtype=int)).reshape(shape)
@@ -247,6 +265,7 @@ def test_halos_and_borders_are_as_here(
 
 def test_a_block_knows_there_what_it_knows_here(queue: ci.BlockQueue, file: str, data: Any) -> None:
     grid = ci.CellGrid(data.shape, (6, 9))
+    data = data.astype(int)
     options: dict[str, Any] = {"dtype": int, "halo": 2, "params": {"shift": 5}}
     there = ci.fill_cells(f"{file}:everything", grid, data, queue=queue, **options)[...]
     here = ci.fill_cells(f"{file}:everything", grid, data, **options)[...]
@@ -326,7 +345,7 @@ def test_what_is_printed_does_not_disturb(
 
 @pytest.mark.parametrize(
     ("kind", "cause"),
-    [("ValueError", ValueError), ("KeyError", KeyError), ("Own", ci.CellimgError)],
+    [("ValueError", ValueError), ("KeyError", KeyError), ("Own", ci.RemoteError)],
 )
 def test_an_error_says_where_and_what(
     queue: ci.BlockQueue, file: str, data: Any, kind: str, cause: type[Exception]
@@ -523,7 +542,7 @@ def test_workers_that_are_killed_all_the_time(
     deaths = 0
     for index in range(number_of_blocks):
         if index % 20 == 10:
-            os.kill(queue.blocks.pids[deaths % 2], signal.SIGKILL)
+            os.kill(queue.blocks.pids[-1], signal.SIGKILL)
             deaths += 1
         out[image.grid.cell(index).roi.slices] = image.load(index)
     assert deaths == 10
@@ -571,6 +590,15 @@ queue.close()
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_processes_of_dask_have_workers_of_their_own(
+    queue: ci.BlockQueue, file: str, data: Any
+) -> None:
+    image = ci.map_cells(f"{file}:double", data, dtype=np.uint8, cell_shape=16, queue=queue)
+    lazy = image.to_dask()
+    with dask.config.set(scheduler="processes", num_workers=1):
+        np.testing.assert_array_equal(lazy.compute(), 2 * data)
 
 
 @pytest.fixture(scope="module")
