@@ -13,14 +13,12 @@ import click
 import cellimg_dask as ci
 from cellimg_dask.bare.naming import is_file_name, split_name
 from cellimg_dask.batch.named import above, load_function
+from cellimg_dask.batch.queue_spec import EnvSpec, QueueSpec, SlurmSpec
 from cellimg_dask.batch.spec import (
-    EnvSpec,
     ImageStage,
     InputSpec,
     LabelsStage,
     PointsStage,
-    QueueSpec,
-    SlurmSpec,
     Spec,
     Stage,
     TableStage,

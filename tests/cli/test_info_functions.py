@@ -93,7 +93,7 @@ def test_a_function_of_any_parameters_is_shown(run, file):
 
 def test_a_function_is_asked_in_an_environment(run, file):
     # It cannot be imported in this process.
-    file.write_text(f"import sys\nassert sys.argv[0] == '-c'\n{FUNCTIONS}")
+    file.write_text(f"{FUNCTIONS}\nimport sys\nassert sys.argv[0] == '-c'\n")
     result = run("info", f"{file}:smooth", "--env", sys.prefix)
     assert result.stdout == TABLE.format(reference=f"{file}:smooth")
     missing = run("info", f"{file}:smoth", "--env", sys.prefix)

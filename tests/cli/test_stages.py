@@ -20,16 +20,8 @@ from skimage.measure import regionprops_table
 from support import same_objects
 
 from cellimg_dask.batch.manifest import Manifest, pass_of
-from cellimg_dask.batch.spec import (
-    KINDS,
-    CondaSpec,
-    EnvSpec,
-    InputSpec,
-    QueueSpec,
-    SlurmSpec,
-    UvSpec,
-    WholeSpec,
-)
+from cellimg_dask.batch.queue_spec import CondaSpec, EnvSpec, QueueSpec, SlurmSpec, UvSpec
+from cellimg_dask.batch.spec import KINDS, InputSpec, WholeSpec
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "spec.md"
 

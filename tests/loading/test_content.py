@@ -385,7 +385,7 @@ def test_what_cannot_be_compared_is_refused_with_a_way_out(tmp_path, image):
 def test_functions_and_params_that_cannot_be_compared_are_refused_with_a_way_out(image):
     lock = threading.Lock()
 
-    def guarded(a, by=2):
+    def guarded(a, by=2, n=0):
         with lock:
             return a * by
 
