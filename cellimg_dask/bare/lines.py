@@ -91,8 +91,14 @@ class LinesRunner(Runtime):
             self._run_script(request, task)
         else:
             self._call(request, task)
-        self._answer = Answer(self._attached, self._scripts.keep if scripted else None)
-        return {"outputs": self._answer.encode(task.outputs, targets)}, []
+        answer = self._answer = Answer(self._attached, self._scripts.keep if scripted else None)
+        try:
+            outputs = answer.encode(task.outputs, targets)
+        except BaseException:
+            # Before the caller is told.
+            self.close()
+            raise
+        return {"outputs": outputs}, []
 
     def _run_script(self, request: Message, task: ScriptTask) -> None:
         text = request["script"]
@@ -214,10 +220,7 @@ class LinesRunner(Runtime):
         """Leave what was made for an answer to the caller."""
         answer, self._answer = self._answer, None
         if answer is not None:
-            if kind == "COMPLETION":
-                self._kept = answer.hand_over()
-            else:
-                answer.discard()
+            self._kept = answer.hand_over()
         if request.get("requestType") != "EXECUTE":
             return True
         self.completed = kind == "COMPLETION"
@@ -230,8 +233,9 @@ class LinesRunner(Runtime):
 
     def close(self) -> None:
         """Remove what was made for an answer that nobody got."""
-        if self._answer is not None:
-            self._answer.discard()
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.discard()
 
 
 def _without_own_calls(error: BaseException | None) -> None:

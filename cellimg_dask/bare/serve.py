@@ -166,7 +166,7 @@ class Server:
 
         def ask() -> bool:
             self._look()
-            return number in self._cancelled
+            return number in self._cancelled or (self._no_more and not self._wire.is_heard())
 
         return sort(report, ask)
 

@@ -97,6 +97,15 @@ class Wire:
             raise ValueError(f"expected a JSON object in a line, got {_shown(line)}")
         return message, [self._exactly(length) for length in message.get("attached", ())]
 
+    def is_heard(self) -> bool:
+        """Whether somebody may still read what is sent; True where nobody can tell."""
+        if self._poll is None:
+            return True
+        poll = select.poll()
+        # Errors are told unasked.
+        poll.register(self._sink, 0)
+        return not poll.poll(0)
+
     def _ready(self, wait_s: float) -> bool:
         # Where nobody can tell, reading waits.
         return self._poll is None or bool(self._poll.poll(wait_s * 1000))

@@ -21,7 +21,7 @@ __all__ = ["worker"]
     "--env",
     metavar="PATH",
     type=click.Path(exists=True, path_type=Path),
-    help="A virtual environment that runs the tasks. It needs NumPy only.",
+    help="A virtual environment, or a Python, that runs the tasks. It needs NumPy only.",
 )
 def worker(once: bool, init: str | None, env: Path | None) -> None:
     """Run functions for another program, which may be in any language.
@@ -49,9 +49,6 @@ def _elsewhere(path: Path, options: dict[str, object]) -> None:
     from cellimg_dask.queues.env_program import bare_options
     from cellimg_dask.queues.environments import Env
 
-    if path.is_file() and (path.parents[1] / "pyvenv.cfg").exists():
-        # Its Python.
-        path = path.parents[1]
     try:
         env = Env.venv(path)
         command = [*env.command(), *bare_options("lines"), json.dumps(options)]

@@ -789,6 +789,16 @@ def test_tasks_go_on_when_no_more_requests_come(start, tmp_path):
     assert worker.process.wait() == 0
 
 
+def test_a_task_is_cancelled_when_its_caller_has_gone(start):
+    worker = start()
+    worker.send(script="task.update()\nwhile not task.cancelled: pass")
+    assert [worker.receive()["responseType"] for _ in range(2)] == ["LAUNCH", "UPDATE"]
+    worker.process.stdin.close()
+    worker.process.stdout.close()
+    assert worker.process.wait() == 0
+    assert worker.stderr() == ""
+
+
 def test_a_caller_that_does_not_listen_any_more(start, tmp_path):
     worker = start()
     worker.result("1")

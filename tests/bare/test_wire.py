@@ -95,7 +95,7 @@ def test_half_a_message_is_waited_for(ends: tuple[Wire, Wire]) -> None:
     assert other.receive(0) == ({"a": 1}, [])
 
 
-@pytest.mark.parametrize("line", [b"dust\n", b"[1]\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize("line", [b"dust\n", b"[1]\n", b"\xff\xfe\n", b"[" * 50_000 + b"\n"])
 def test_what_is_no_message_is_an_error_and_the_next_one_is_read(
     ends: tuple[Wire, Wire], line: bytes
 ) -> None:
@@ -107,11 +107,23 @@ def test_what_is_no_message_is_an_error_and_the_next_one_is_read(
     assert other.receive() == ({"a": 1}, [])
 
 
-def test_blank_lines_say_nothing(ends: tuple[Wire, Wire]) -> None:
-    one, other = ends
-    os.write(one._sink, b"\n  \n")
-    one.send({"a": 1})
+def test_blank_lines_are_none_and_the_last_line_may_lack_its_end() -> None:
+    one, other = pair()
+    os.write(one._sink, b'\n  \r\n{"a": 1}\n\n{"a": 2}')
+    one.close()
     assert other.receive() == ({"a": 1}, [])
+    assert other.receive() == ({"a": 2}, [])
+    with pytest.raises(EOFError):
+        other.receive()
+    other.close()
+
+
+def test_whether_anybody_listens() -> None:
+    one, other = pair()
+    assert one.is_heard()
+    other.close()
+    assert not one.is_heard()
+    one.close()
 
 
 def test_nobody_at_the_other_end() -> None:

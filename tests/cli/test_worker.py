@@ -18,7 +18,7 @@ from asking import Asker, Lender, lending
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "worker.md"
 MADE = re.compile(r"cellimg-[0-9a-f]{16}")
-FILE = re.compile(r"cellimg_file_measure_[0-9a-f]{8}")
+FILE = re.compile(r"cellimg_file.measure_[0-9a-f]{8}")
 
 pytestmark = pytest.mark.skipif(
     not Path("/dev/shm").is_dir(), reason="the programs look for shared memory in /dev/shm"
