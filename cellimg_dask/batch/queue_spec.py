@@ -118,14 +118,17 @@ _ENVIRONMENTS = ("venv", "uv", "conda", "pixi")
 class QueueSpec(SpecModel):
     """Where blocks run."""
 
-    backend: str = "threads"
-    """``threads``, ``processes``, or the address of a dask scheduler."""
+    backend: str | None = None
+    """``threads``, ``processes``, or the address of a dask scheduler; default: threads, or processes
+    with an env."""
     num_workers: Positive | None = None
     """Threads or processes; on a cluster how many to wait for."""
     init: str | None = None
     """Code that prepares each worker."""
     env: EnvSpec | None = None
     """Another Python for functions: venv, uv, conda or pixi."""
+    block_timeout_s: float | None = Field(default=None, gt=0)
+    """With processes or an env: how long a block may take before its process is killed."""
     resources: dict[str, float] | None = None
     """On a cluster: what a cell needs."""
     timeout_s: float = Field(default=60.0, gt=0)
@@ -134,6 +137,11 @@ class QueueSpec(SpecModel):
     """Whether a scheduler without TLS on another host is accepted."""
     slurm: SlurmSpec | None = None
     """A cluster to start, instead of a backend."""
+
+    @property
+    def has_cluster(self) -> bool:
+        """Whether blocks run on a cluster."""
+        return self.slurm is not None or "://" in (self.backend or "")
 
     @field_validator("env", mode="before")
     @classmethod

@@ -82,7 +82,7 @@ def _rooms(stage: Stage) -> list[Room]:
         threads = max(1, slurm.cores // slurm.processes)
         worker = Room(threads, limit, own // 4, "each worker of the cluster")
         return [worker] * (slurm.jobs * slurm.processes)
-    if "://" in queue.backend:
+    if queue.has_cluster:
         return []
     threads = threads_for(queue.num_workers or usable_cores())
     return [Room(threads, memory_bytes() if stage.max_memory is None else stage.max_memory)]

@@ -338,16 +338,16 @@ def _environment(spec: EnvSpec, folder: Path) -> Env:
 def _queue(wanted: QueueSpec, folder: Path) -> Iterator[ci.BlockQueue | None]:
     with ExitStack() as stack:
         backend: Any = wanted.backend
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"block_timeout_s": wanted.block_timeout_s}
         if wanted.slurm is not None:
             backend = stack.enter_context(slurm_cluster(wanted.slurm, start=True))
-        if wanted.slurm is not None or "://" in wanted.backend:
-            extra = {
+        if wanted.has_cluster:
+            extra |= {
                 "resources": wanted.resources,
                 "timeout_s": wanted.timeout_s,
                 "insecure": wanted.insecure,
             }
-        elif wanted == type(wanted)():
+        elif wanted in (type(wanted)(), type(wanted)(backend="threads")):
             yield None
             return
         if wanted.env is not None:
