@@ -119,8 +119,8 @@ class QueueSpec(SpecModel):
     """Where blocks run."""
 
     backend: str | None = None
-    """``threads``, ``processes``, or the address of a dask scheduler; default: threads, or processes
-    with an env."""
+    """``threads``, ``processes``, or the address of a dask scheduler; default: threads, or, with an
+    env, processes."""
     num_workers: Positive | None = None
     """Threads or processes; on a cluster how many to wait for."""
     init: str | None = None

@@ -84,7 +84,8 @@ def test_a_spec_runs_in_another_python_and_resumes(run, folder) -> None:
 
     again = run("run", "spec.yaml")
     assert again.exit_code == 0, again.output
-    assert "0 computed" in again.output
+    assert "coarse: 0 cells" in again.output
+    assert "spots: 0 cells" in again.output
 
 
 def ci_table(path: Path) -> np.ndarray:

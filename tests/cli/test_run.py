@@ -142,7 +142,7 @@ def test_the_resolved_spec_runs_by_itself(run, write, image, tmp_path, monkeypat
     text = yaml.safe_load(resolved.read_text())
     assert text["params"] == {"sigma": 0.5}
     assert text["retries"] == 2
-    assert text["queue"]["backend"] == "threads"
+    assert text["queue"]["timeout_s"] == 60.0
     monkeypatch.chdir(tmp_path)
     again = run("run", resolved, "--no-progress")
     assert "0 cells computed, 6 done before" in again.stdout, again.output
