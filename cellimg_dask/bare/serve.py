@@ -177,6 +177,7 @@ def serve(runtime: Runtime, *, end_with_parent: bool = True) -> None:
         os.register_at_fork(after_in_child=wire.abandon)
     sys.argv[1:] = []
     if end_with_parent:
+        wire.send_launch()
         # Ctrl-C in a terminal goes to all processes; the parent decides what becomes of workers.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         watch = threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True)

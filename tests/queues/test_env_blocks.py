@@ -21,6 +21,7 @@ import scipy.ndimage as ndi
 from support import PATIENCE_S, begin, in_time, same_objects, until
 
 import cellimg_dask as ci
+from cellimg_dask.queues.env_facts import known_facts
 
 # What workers do. It needs no more than NumPy, and is not importable here.
 FUNCTIONS = """
@@ -341,6 +342,31 @@ def test_what_is_printed_does_not_disturb(
     out, err = capfd.readouterr()
     assert out == ""
     assert err.count("native dust") == err.count("dust from a shell") == 4
+
+
+@pytest.mark.parametrize("size", [7, 200_000])
+def test_what_python_prints_when_it_starts_does_not_disturb(
+    env: ci.Env, file: str, data: Any, tmp_path: Path, size: int
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nprint('welcome', flush=True)\nos.write(1, b'x' * {size})\n"
+    )
+    chatty = ci.Env.venv(env.command()[0], variables={"PYTHONPATH": str(tmp_path)})
+    with ci.BlockQueue(1, env=chatty) as queue:
+        image = ci.map_cells(f"{file}:double", data, dtype=np.uint8, queue=queue)
+        np.testing.assert_array_equal(in_time(lambda: image[...]), 2 * data)
+
+
+def test_files_of_the_working_directory_hide_nothing(
+    env: ci.Env, file: str, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cellimg_worker", "json", "numpy", "select", "types", "wire"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    known_facts.clear()
+    with ci.BlockQueue(1, env=env) as queue:
+        image = ci.map_cells(f"{file}:double", data, dtype=np.uint8, queue=queue)
+        np.testing.assert_array_equal(image[...], 2 * data)
 
 
 @pytest.mark.parametrize(
