@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -576,6 +577,31 @@ def test_workers_that_are_killed_all_the_time(
     np.testing.assert_array_equal(out, here[...])
     queue.close()
     assert set(footprint()["segments"]) == before
+
+
+def test_workers_forget_images_that_are_gone(make: Any) -> None:
+    queue = make()
+    (pid,) = queue.blocks.pids
+
+    def megabytes() -> int:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) >> 10
+
+    def shade(a: Any, light: Any) -> Any:
+        return a + light[0]
+
+    def once(n: int) -> None:
+        field, table = np.full(1 << 20, n), np.full(1 << 16, n)
+        for f in (functools.partial(shade, light=field), lambda a: a + table[0]):
+            image = ci.map_cells(f, np.zeros(2, int), dtype=int, queue=queue, cache=None)
+            assert image[0] == n
+
+    once(0)
+    before = megabytes()
+    for n in range(1, 21):
+        once(n)
+    # It would be 8 for each partial alone.
+    assert megabytes() < before + 80
 
 
 def test_two_thousand_tiny_tasks_of_eight_threads(queue: ci.BlockQueue, file: str) -> None:
