@@ -1,20 +1,22 @@
-"""Every python block of the README runs, in order, and prints what it says that it prints."""
+"""Every python block of README and docs runs, in order, and prints what it says that it prints."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import linecache
 import re
 from pathlib import Path
 
 import pytest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+ENVIRONMENTS = README.parent / "docs" / "environments.md"
 
 
-def python_blocks() -> list[tuple[int, str]]:
+def python_blocks(page: Path = README) -> list[tuple[int, str]]:
     """Return (line number, code) of each block."""
-    text = README.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     return [
         (text.count("\n", 0, match.start(1)), match[1])
         for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -26,21 +28,37 @@ def promised(code: str) -> list[str]:
     return re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
 
 
-def test_the_blocks_run_in_order_and_print_what_they_say():
-    blocks = python_blocks()
-    assert len(blocks) >= 8
+def run_blocks(page: Path) -> None:
     namespace: dict[str, object] = {"__name__": "readme"}
-    for line, code in blocks:
+    for line, code in python_blocks(page):
+        file = re.match(r"# (\w+\.py)\n", code)
+        if file:
+            Path(file[1]).write_text(code, encoding="utf-8")
+            continue
         printed = io.StringIO()
-        # Blank lines in front make a traceback show the line of the README.
-        compiled = compile("\n" * line + code, str(README), "exec")
+        # Blank lines in front make a traceback show the line of the page.
+        text, name = "\n" * line + code, f"<{page.name} {line}>"
+        # Functions are sent to other Pythons as text.
+        linecache.cache[name] = len(text), None, text.splitlines(True), name
         with contextlib.redirect_stdout(printed):
-            exec(compiled, namespace)
+            exec(compile(text, name, "exec"), namespace)
         assert printed.getvalue().splitlines() == promised(code), f"block at line {line}"
 
 
-def test_every_print_says_what_it_prints():
-    for line, code in python_blocks():
+def test_the_blocks_run_in_order_and_print_what_they_say():
+    assert len(python_blocks()) >= 8
+    run_blocks(README)
+
+
+def test_the_blocks_on_environments_run_in_another_one(other_python, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old-numpy").symlink_to(Path(other_python).parents[1])
+    run_blocks(ENVIRONMENTS)
+
+
+@pytest.mark.parametrize("page", [README, ENVIRONMENTS], ids=lambda page: page.name)
+def test_every_print_says_what_it_prints(page):
+    for line, code in python_blocks(page):
         assert len(promised(code)) == code.count("print("), f"block at line {line}"
 
 
@@ -60,8 +78,9 @@ def test_the_set_up_commands_stand_there(command):
     assert f"\n{command}\n" in README.read_text(encoding="utf-8")
 
 
-def test_the_files_that_it_links_to_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", [README, ENVIRONMENTS], ids=lambda page: page.name)
+def test_the_files_that_it_links_to_exist(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert links
-    missing = [link for link in links if not (README.parent / link).is_file()]
+    missing = [link for link in links if not (page.parent / link).is_file()]
     assert not missing

@@ -11,6 +11,7 @@ from .functions import Functions, Held, wants_task
 from .places import Layout, Segments, array_at
 from .segments import Segment
 from .serve import Reply, Runtime, Server, serve
+from .task import Task
 from .trees import decode, encode, from_attached
 from .wire import Message
 
@@ -60,7 +61,7 @@ class Runner(Runtime):
             args = [Block(Outline(request["block"]), data, tuple(args), kwargs)]
             kwargs = {}
         if with_task:
-            kwargs.setdefault("task", server.task())
+            kwargs.setdefault("task", server.task(Task))
         result = held.function(*args, **kwargs)
         return {"outputs": self._given_out(result, segment, request["end"], server)}, []
 

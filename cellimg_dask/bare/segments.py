@@ -242,6 +242,14 @@ class Segment:
                 self._creator = creator
                 raise
 
+    def give_away(self) -> None:
+        """Leave it to another process to remove; it outlives this one, but on Windows."""
+        if self.is_creator:
+            self._creator = 0
+            if _tracked.get(self.name) is self._opened:
+                del _tracked[self.name]
+                _untrack(self.name)
+
 
 _mapped: WeakValueDictionary[int, Segment] = WeakValueDictionary()
 """Segments that are not closed, by what all their arrays are views of."""

@@ -15,14 +15,20 @@ import time
 import traceback
 from collections import deque
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, TypeVar
 
 from .task import Task, TaskCancelledError
 from .wire import Message, Wire
 
-__all__ = ["Runtime", "Server", "private_wire", "serve"]
+__all__ = ["Interrupted", "Reply", "Runtime", "Server", "private_wire", "serve"]
 
 Reply = tuple[Message, list[bytes]]
+
+SomeTask = TypeVar("SomeTask", bound=Task)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Somebody wants this process to end, now."""
 
 
 class Runtime:
@@ -31,6 +37,22 @@ class Runtime:
     A request of type ``THIS`` is answered by the method ``do_this``, which returns the entries of
     the response, and what is attached to it.
     """
+
+    rest_s: float | None = None
+    """After so much time without a request `rest` is called; None: it is not."""
+
+    outlives_caller = False
+    """Whether a task goes on when no more requests can come."""
+
+    def begin(self) -> None:
+        """Do what comes before the first request."""
+
+    def rest(self) -> None:
+        """Do what there is time for."""
+
+    def answered(self, request: Message, kind: str) -> bool:
+        """Take note that a response of this type was sent, and return whether to go on."""
+        return True
 
     def failure(self, error: BaseException) -> Reply:
         """Return what a response says of an error."""
@@ -63,32 +85,58 @@ class Server:
         self._waiting: deque[tuple[Message, list[bytes]]] = deque()
         self._cancelled: set[Any] = set()
         self._running: Any = None
+        self._no_more = False
+        self._reading = threading.Lock()
+        """Whoever has it receives, and what has come is as it says."""
 
     def run(self) -> None:
         """Answer until the other end is gone."""
         try:
-            while True:
-                message = self._waiting.popleft() if self._waiting else self._wire.receive()
-                assert message is not None
-                self._answer(*message)
+            self._runtime.begin()
+            while self._answer(*self._next()):
+                pass
         except (EOFError, OSError):
             return
 
-    def _answer(self, request: Message, attached: list[bytes]) -> None:
+    def _next(self) -> tuple[Message, list[bytes]]:
+        with self._reading:
+            if self._waiting:
+                return self._waiting.popleft()
+            if self._no_more:
+                raise EOFError
+            received = self._receive(self._runtime.rest_s)
+            if received is None:
+                self._runtime.rest()
+                received = self._receive()
+            assert received is not None
+            return received
+
+    def _receive(self, wait_s: float | None = None) -> tuple[Message, list[bytes]] | None:
+        """Wait for a request; what is none is answered."""
+        while True:
+            try:
+                received = self._wire.receive(wait_s)
+                if received is not None and isinstance(received[0].get("task"), (list, dict)):
+                    raise ValueError("a task is named by a string or a number")
+                return received
+            except (TypeError, ValueError) as error:
+                self._respond(None, "FAILURE", *self._runtime.failure(error))
+
+    def _answer(self, request: Message, attached: list[bytes]) -> bool:
         number, kind = request.get("task"), str(request.get("requestType"))
         if kind == "CANCEL":
             # Of what has ended meanwhile.
-            return
-        if number in self._cancelled:
-            self._cancelled.discard(number)
-            self._respond(number, "CANCELATION", {}, [])
-            return
+            return True
         self._running = number
         try:
+            if number in self._cancelled:
+                raise TaskCancelledError
             answer = getattr(self._runtime, f"do_{kind.lower()}", None)
             if answer is None:
-                raise ValueError(f"requestType {kind!r} is not known here")
+                raise ValueError(f"expected {self._known()} as requestType, got {_named(request)}")
             reply = ("COMPLETION", *answer(request, attached, self))
+        except Interrupted:
+            raise
         except TaskCancelledError:
             reply = ("CANCELATION", {}, [])
         except BaseException as error:
@@ -96,11 +144,20 @@ class Server:
         self._running = None
         self._cancelled.discard(number)
         self._respond(number, *reply)
+        return self._runtime.answered(request, reply[0])
+
+    def _known(self) -> str:
+        names = [name[3:].upper() for name in dir(self._runtime) if name.startswith("do_")]
+        return " or ".join([*names, "CANCEL"])
 
     def _respond(self, number: Any, kind: str, content: Message, attached: list[bytes]) -> None:
-        self._wire.send(dict(content, task=number, responseType=kind), *attached)
+        self._wire.send({"task": number, "responseType": kind, **content}, *attached)
 
-    def task(self) -> Task:
+    def tell(self, kind: str, content: Message) -> None:
+        """Send a response of the running task that is not its last."""
+        self._respond(self._running, kind, content, [])
+
+    def task(self, sort: type[SomeTask]) -> SomeTask:
         """Return the task that runs, for the function that does it."""
         number = self._running
 
@@ -111,28 +168,33 @@ class Server:
             self._look()
             return number in self._cancelled
 
-        return Task(report, ask)
+        return sort(report, ask)
 
     def ask_back(self, kind: str, content: Message) -> Message:
         """Ask the caller for something that the running task needs, and return the answer."""
-        self._respond(self._running, kind, content, [])
-        while True:
-            received = self._wire.receive()
-            assert received is not None
-            if received[0].get("requestType") == kind:
-                return received[0]
-            self._put_off(*received)
+        self.tell(kind, content)
+        with self._reading:
+            while True:
+                received = self._receive()
+                assert received is not None
+                if received[0].get("requestType") == kind:
+                    return received[0]
+                self._put_off(*received)
 
     def _look(self) -> None:
         """Take in what has come while a task runs."""
-        if threading.current_thread() is not threading.main_thread():
-            # Only one thread may read; what it takes in is seen by all.
+        if self._no_more or not self._reading.acquire(blocking=False):
+            # What another thread takes in is seen by all.
             return
-        while True:
-            received = self._wire.receive(0)
-            if received is None:
-                return
-            self._put_off(*received)
+        try:
+            while (received := self._receive(0)) is not None:
+                self._put_off(*received)
+        except EOFError:
+            self._no_more = True
+            if not self._runtime.outlives_caller:
+                raise
+        finally:
+            self._reading.release()
 
     def _put_off(self, request: Message, attached: list[bytes]) -> None:
         if request.get("requestType") != "CANCEL":
@@ -141,6 +203,16 @@ class Server:
         number = request.get("task")
         if number == self._running or any(r.get("task") == number for r, _ in self._waiting):
             self._cancelled.add(number)
+
+    def abandon(self) -> None:
+        """Have no more to do with the other end, in a process that was forked."""
+        self._reading = threading.Lock()
+        self._wire.abandon()
+
+
+def _named(request: Message) -> str:
+    kind = request.get("requestType")
+    return "none" if kind is None else repr(kind)
 
 
 def private_wire() -> Wire:
@@ -172,9 +244,10 @@ def serve(runtime: Runtime, *, end_with_parent: bool = True) -> None:
         Whether to end with the process that started this one, even in the middle of a task.
     """
     wire = private_wire()
+    server = Server(wire, runtime)
     if hasattr(os, "register_at_fork"):
         # What a block forks must not answer, nor keep the pipes open when this process dies.
-        os.register_at_fork(after_in_child=wire.abandon)
+        os.register_at_fork(after_in_child=server.abandon)
     sys.argv[1:] = []
     if end_with_parent:
         wire.send_launch()
@@ -182,7 +255,7 @@ def serve(runtime: Runtime, *, end_with_parent: bool = True) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         watch = threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True)
         watch.start()
-    Server(wire, runtime).run()
+    server.run()
 
 
 def _end_with_parent(parent: int) -> None:

@@ -50,7 +50,12 @@ class Task:
         info : dict, optional
             Anything else, of JSON's types.
         """
-        said = {"message": message, "current": current, "maximum": maximum, "info": info}
+        said = {
+            "message": None if message is None else str(message),
+            "current": _number(current),
+            "maximum": _number(maximum),
+            "info": info,
+        }
         self._report({name: value for name, value in said.items() if value is not None})
 
     @property
@@ -73,3 +78,9 @@ class Task:
         """
         if self._ask():
             raise TaskCancelledError
+
+
+def _number(value: Any) -> Any:
+    # NumPy's numbers are none of JSON's.
+    item = getattr(value, "item", None)
+    return value if item is None else item()

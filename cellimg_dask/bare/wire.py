@@ -64,7 +64,7 @@ class Wire:
                 self._write(part)
 
     def receive(self, wait_s: float | None = None) -> tuple[Message, list[bytes]] | None:
-        """Wait for a message, and return it with what is attached.
+        """Wait for a message, and return it with what is attached; blank lines are none.
 
         Parameters
         ----------
@@ -78,19 +78,24 @@ class Wire:
         ValueError
             If a line is no JSON object.
         """
-        end = self._read.find(b"\n")
         deadline = None if wait_s is None else monotonic() + wait_s
-        while end < 0:
-            if deadline is not None and not self._ready(max(0.0, deadline - monotonic())):
-                return None
-            before = len(self._read)
-            self._more(_AT_ONCE)
-            end = self._read.find(b"\n", before)
-        line = bytes(self._read[:end])
-        del self._read[: end + 1]
-        message = json.loads(line)
+        line = b""
+        while not line:
+            end = self._read.find(b"\n")
+            while end < 0:
+                if deadline is not None and not self._ready(max(0.0, deadline - monotonic())):
+                    return None
+                before = len(self._read)
+                self._more_of_a_line()
+                end = self._read.find(b"\n", before)
+            line = bytes(self._read[:end]).strip()
+            del self._read[: end + 1]
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"a line is no JSON ({error}): {_shown(line)}") from None
         if not isinstance(message, dict):
-            raise ValueError(f"expected a JSON object in a line, got {line[:100]!r}")
+            raise ValueError(f"expected a JSON object in a line, got {_shown(line)}")
         return message, [self._exactly(length) for length in message.get("attached", ())]
 
     def send_launch(self) -> None:
@@ -119,6 +124,15 @@ class Wire:
     def _ready(self, wait_s: float) -> bool:
         # Where nobody can tell, reading waits.
         return self._poll is None or bool(self._poll.poll(wait_s * 1000))
+
+    def _more_of_a_line(self) -> None:
+        try:
+            self._more(_AT_ONCE)
+        except EOFError:
+            # The last line may lack its end.
+            if not self._read.strip():
+                raise
+            self._read += b"\n"
 
     def _more(self, most: int) -> None:
         data = os.read(self._source, most)
@@ -155,3 +169,8 @@ class Wire:
                 with suppress(OSError):
                     os.close(end)
         self._source = self._sink = -1
+
+
+def _shown(line: bytes) -> str:
+    text = line[:100].decode(errors="replace")
+    return text if len(line) <= 100 else f"{text}…"

@@ -7,25 +7,30 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
+from cellimg_dask.batch.queue_spec import (
+    CondaSpec,
+    EnvSpec,
+    Positive,
+    QueueSpec,
+    SlurmSpec,
+    SpecModel,
+    UvSpec,
+)
 from cellimg_dask.geometry import BOUNDARIES
 from cellimg_dask.schemas.description import is_description
 
 __all__ = [
     "KINDS",
-    "EnvSpec",
     "ImageStage",
     "InputSpec",
     "LabelsStage",
     "PointsStage",
-    "QueueSpec",
     "Settings",
-    "SlurmSpec",
     "Spec",
     "Stage",
     "TableStage",
-    "UvSpec",
     "WholeSpec",
     "entries",
     "meaning",
@@ -36,15 +41,10 @@ assert set(Boundary.__args__) == set(BOUNDARIES)  # type: ignore[attr-defined]
 
 Width = Annotated[int, Field(ge=0)]
 Halo = Width | list[Width | tuple[Width, Width]]
-Positive = Annotated[int, Field(ge=1)]
 Size = Annotated[float, Field(gt=0)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class InputSpec(_Model):
+class InputSpec(SpecModel):
     """An array that blocks read."""
 
     path: str
@@ -60,109 +60,7 @@ class InputSpec(_Model):
     """Stands for its content; default: size and time of change of the files."""
 
 
-class SlurmSpec(_Model):
-    """A cluster that SLURM starts, through dask-jobqueue."""
-
-    jobs: Positive
-    """Number of jobs."""
-    cores: Positive
-    """Threads of a job."""
-    memory: str
-    """Memory of a job, such as ``64GB``."""
-    processes: Positive = 1
-    """Worker processes of a job."""
-    walltime: str = "01:00:00"
-    """How long a job may take."""
-    queue: str | None = None
-    """Partition."""
-    options: dict[str, Any] = {}
-    """Other arguments of ``dask_jobqueue.SLURMCluster``."""
-
-
-class UvSpec(_Model):
-    """An environment that uv makes."""
-
-    python: str | None = None
-    """Version of Python, in quotes, such as ``"3.12"``."""
-    pip: list[str] = []
-    """Packages, such as ``numpy<2``."""
-
-    @field_validator("python", mode="before")
-    @classmethod
-    def _no_number(cls, value: Any) -> Any:
-        if isinstance(value, (int, float)):
-            raise ValueError(
-                f'write the version in quotes, such as "3.10", as a number 3.1; got {value}'
-            )
-        return value
-
-
-class EnvSpec(_Model):
-    """Another Python, by one of these."""
-
-    venv: str | None = None
-    """Folder of a virtual environment, relative to the spec's."""
-    uv: UvSpec | None = None
-    """One that uv makes, with ``python`` and ``pip``."""
-    conda: dict[str, Any] | None = None
-    """One of conda's, with the arguments of ``Env.conda``."""
-    pixi: dict[str, Any] | None = None
-    """One of pixi's, with the arguments of ``Env.pixi``."""
-
-    @property
-    def kind(self) -> str:
-        """Which one it is."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
-
-    @property
-    def made(self) -> bool:
-        """Whether it may have to be made first."""
-        return self.venv is None
-
-    def __str__(self) -> str:
-        if self.uv is not None:
-            packages = ", ".join(self.uv.pip) or "no packages"
-            return f"uv, Python {self.uv.python or 'of any version'} with {packages}"
-        given = getattr(self, self.kind)
-        if isinstance(given, dict):
-            given = ", ".join(f"{key} {value}" for key, value in given.items())
-        return f"{self.kind} {given}"
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> EnvSpec:
-        names = list(type(self).model_fields)
-        if sum(getattr(self, name) is not None for name in names) != 1:
-            raise ValueError(f"give one of {', '.join(names)}")
-        return self
-
-
-class QueueSpec(_Model):
-    """Where blocks run."""
-
-    backend: str = "threads"
-    """``threads``, ``processes``, or the address of a dask scheduler."""
-    num_workers: Positive | None = None
-    """Threads or processes; on a cluster how many to wait for."""
-    init: str | None = None
-    """Code that prepares each worker."""
-    env: EnvSpec | None = None
-    """Another Python for functions: venv, uv, conda or pixi."""
-    resources: dict[str, float] | None = None
-    """On a cluster: what a cell needs."""
-    timeout_s: float = Field(default=60.0, gt=0)
-    """On a cluster: how long to wait for workers."""
-    insecure: bool = False
-    """Whether a scheduler without TLS on another host is accepted."""
-    slurm: SlurmSpec | None = None
-    """A cluster to start, instead of a backend."""
-
-    @field_validator("env", mode="before")
-    @classmethod
-    def _folder_alone(cls, value: Any) -> Any:
-        return {"venv": value} if isinstance(value, str) else value
-
-
-class Settings(_Model):
+class Settings(SpecModel):
     """How stages are run: of the whole spec, or of one stage."""
 
     retries: Annotated[int, Field(ge=0)] = 2
@@ -238,7 +136,7 @@ class _FromBlocks(Stage):
     function: str | None = None
     """``module:name`` or ``file.py:name`` of a function from arrays to an array, or a file that
     describes one."""
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
     """Keyword parameters."""
     version: str | None = None
     """Stands for the function; default: its compiled code."""
@@ -441,7 +339,7 @@ class TableStage(_Table):
     """Extent of a voxel, one number or one for each axis."""
     max_extent: Positive | list[Positive] | None = None
     """A box in voxels, for properties that need the mask of an object that fits."""
-    extra_properties: list[str | tuple[str, str]] = []
+    extra_properties: list[str | tuple[str, str]] = []  # noqa: RUF012 - pydantic copies it
     """Functions of a mask, or of mask and image, as in function, or pairs of one and a dtype."""
     npartitions: Positive = 1
     """How many files the table has."""
@@ -525,7 +423,7 @@ class Spec:
         return found
 
 
-_MODELS: tuple[type[_Model], ...] = (
+_MODELS: tuple[type[SpecModel], ...] = (
     *KINDS.values(),
     WholeSpec,
     InputSpec,
@@ -533,6 +431,7 @@ _MODELS: tuple[type[_Model], ...] = (
     SlurmSpec,
     EnvSpec,
     UvSpec,
+    CondaSpec,
 )
 
 

@@ -18,6 +18,7 @@ from cellimg_dask.blocks.content import NoContentError, digest
 from cellimg_dask.blocks.errors import CellError, ReadError, describe
 from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.loading.running import tries_again
 from cellimg_dask.loading.together import Together
 
 __all__ = ["Committer", "Computed", "Keys", "Outcome", "TableKeys", "Work", "with_keys"]
@@ -182,7 +183,11 @@ class Committer:
 
 
 def _computed(loader: CellLoader, index: int, lasting: bool) -> NDArray[Any]:
-    return loader.compute_owned(index) if lasting else loader.compute_in_passing(index)
+    token = tries_again.set(True)
+    try:
+        return loader.compute_owned(index) if lasting else loader.compute_in_passing(index)
+    finally:
+        tries_again.reset(token)
 
 
 def _all_of(steps: Sequence[Callable[[], Outcome]]) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""The command line: ``cellimg demo``, ``info``, ``run``, ``plan``, ``status`` and ``share``.
+"""The command line: ``cellimg demo``, ``info``, ``run``, ``share``, ``worker`` and others.
 
 Floor 6: it may use everything. What a command needs is imported when that command runs, so that
 ``cellimg --help`` is quick and the packages of the extras stay optional.
@@ -12,6 +12,7 @@ from cellimg_dask.cli.demo import demo
 from cellimg_dask.cli.info import info
 from cellimg_dask.cli.run import plan, run, status
 from cellimg_dask.cli.share import share, shared
+from cellimg_dask.cli.worker import worker
 
 __all__ = ["main"]
 
@@ -22,5 +23,5 @@ def main() -> None:
     """Run NumPy functions block by block over images larger than memory, lazily."""
 
 
-for command in (demo, info, run, plan, status, share, shared):
+for command in (demo, info, run, plan, status, share, shared, worker):
     main.add_command(command)

@@ -103,9 +103,7 @@ def _described(what: str, env: Path | None) -> BlockSchema:
         return describe(what)
     if env is None:
         return describe(_here(what))
-    from cellimg_dask.queues.environments import (  # type: ignore[import-not-found,unused-ignore]
-        Env,
-    )
+    from cellimg_dask.queues.environments import Env
 
     return describe(what, env=Env.venv(env))
 

@@ -16,7 +16,8 @@ from cellimg_dask.cli.spec_file import place_of, read_spec, refuse, write_resolv
 
 if TYPE_CHECKING:
     import cellimg_dask as ci
-    from cellimg_dask.batch.spec import SlurmSpec, Spec
+    from cellimg_dask.batch.queue_spec import SlurmSpec
+    from cellimg_dask.batch.spec import Spec
     from cellimg_dask.cli.stages import Stages
 
 __all__ = ["plan", "run", "status"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -148,7 +147,7 @@ def _name_of(image: Path) -> str:
 def _tell(made: SharedArray, image: Path, stored: Stored) -> None:
     label = f"{image.name}/{stored.name}" if stored.name else image.name
     axes = "" if made.axes is None else f", axes {', '.join(made.axes)}"
-    numpy = _numpy_line(made)
+    numpy = made.numpy_line()
     click.echo(
         f"{label} is shared as {made.name}: {made.shape}, {made.dtype}{axes}, "
         f"{format_bytes(made.nbytes)}\n"
@@ -161,30 +160,6 @@ def _tell(made: SharedArray, image: Path, stored: Stored) -> None:
         f"  python -i -c {shlex.quote(numpy)}\n"
         f"\n"
         f"Ctrl-C removes it."
-    )
-
-
-def _numpy_line(made: SharedArray, platform: str = sys.platform) -> str:
-    """Return a line of Python that maps the memory with NumPy, and leaves it to its owner."""
-    dtype: Any = f'"{made.dtype}"' if made.dtype.names is None else made.dtype.descr
-    order = "" if made.order == "C" else ', order="F"'
-    if made.nbytes == 0:
-        return f"import numpy; a = numpy.empty({made.shape}, {dtype})"
-    if platform.startswith("linux"):
-        return (
-            f'import numpy; a = numpy.memmap("/dev/shm/{made.name}", {dtype}, "r+", '
-            f"{made.offset}, {made.shape}{order})"
-        )
-    whole = made.offset + made.nbytes
-    # Not by multiprocessing, which removes what it has opened.
-    if platform == "win32":
-        imports, memory = "mmap", f'mmap.mmap(-1, {whole}, "{made.name}")'
-    else:
-        imports = "_posixshmem, mmap"
-        memory = f'mmap.mmap(_posixshmem.shm_open("/{made.name}", 2), {whole})'
-    return (
-        f"import {imports}, numpy; "
-        f"a = numpy.ndarray({made.shape}, {dtype}, {memory}, {made.offset}{order})"
     )
 
 

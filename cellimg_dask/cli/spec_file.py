@@ -237,8 +237,12 @@ def _resolved(spec: Spec, name: str, folder: Path) -> dict[str, Any]:
         if content.get(entry) is not None:
             content[entry] = _absolute_function(folder, content[entry])
     env = content["queue"]["env"]
-    if env is not None and env["venv"] is not None:
-        env["venv"] = _absolute(folder, env["venv"])
+    if env is not None:
+        if env["venv"] is not None:
+            env["venv"] = _absolute(folder, env["venv"])
+        for tool in ("conda", "pixi"):
+            if env[tool] is not None and env[tool]["file"] is not None:
+                env[tool]["file"] = _absolute(folder, env[tool]["file"])
     if "extra_properties" in content:
         content["extra_properties"] = [
             _absolute_function(folder, given)

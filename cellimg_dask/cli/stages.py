@@ -13,14 +13,12 @@ import click
 import cellimg_dask as ci
 from cellimg_dask.bare.naming import is_file_name, split_name
 from cellimg_dask.batch.named import above, load_function
+from cellimg_dask.batch.queue_spec import EnvSpec, QueueSpec, SlurmSpec
 from cellimg_dask.batch.spec import (
-    EnvSpec,
     ImageStage,
     InputSpec,
     LabelsStage,
     PointsStage,
-    QueueSpec,
-    SlurmSpec,
     Spec,
     Stage,
     TableStage,
@@ -30,6 +28,7 @@ from cellimg_dask.blocks.named import NamedFunction
 from cellimg_dask.cli.files import open_file
 from cellimg_dask.cli.require import require
 from cellimg_dask.cli.spec_file import place_of
+from cellimg_dask.queues.environments import Env
 from cellimg_dask.schemas.block_schema import BlockSchema
 from cellimg_dask.schemas.describe import describe
 from cellimg_dask.schemas.description import read_description
@@ -114,7 +113,7 @@ class Stages:
         env = stage.queue.env
         if isinstance(function, BlockSchema):
             return function
-        if env is not None and env.made and not self._start:
+        if env is not None and env.is_made and not self._start:
             return None  # It would have to be made, only to be asked.
         try:
             signature = describe(
@@ -324,17 +323,15 @@ def _detector(name: str) -> Callable[..., Any]:
     return detectors[name]
 
 
-def _environment(spec: EnvSpec, folder: Path) -> Any:
+def _environment(spec: EnvSpec, folder: Path) -> Env:
     """Return the environment that a spec describes."""
-    from cellimg_dask.queues.environments import (  # type: ignore[import-not-found,unused-ignore]
-        Env,
-    )
-
     if spec.venv is not None:
-        return Env.venv(folder / spec.venv)
-    if spec.uv is not None:
-        return Env.uv(**spec.uv.model_dump(exclude_none=True))
-    return getattr(Env, spec.kind)(**getattr(spec, spec.kind))
+        return Env.venv(folder / spec.venv, variables=spec.variables)
+    arguments = getattr(spec, spec.kind).model_dump(exclude_defaults=True)
+    if "file" in arguments:
+        arguments["file"] = folder / arguments["file"]
+    env: Env = getattr(Env, spec.kind)(**arguments, variables=spec.variables)
+    return env
 
 
 @contextmanager

@@ -103,6 +103,24 @@ class SharedArray(bare.SharedArray):
         """
         return Source(self, cell_shape, cache=cache, save=save)
 
+    def numpy_line(self) -> str:
+        """Return a line of Python that opens it as ``a`` wherever there is NumPy, on this machine.
+
+        For Pythons without this library, by hand: the line holds shape, dtype and place. It
+        keeps nothing alive and removes nothing.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cellimg_dask as ci
+        >>> with ci.shared.put("doctest-line", np.zeros((2, 3), "uint16")) as mine:
+        ...     exec(mine.numpy_line())
+        ...     a[1] = 7
+        ...     mine[1]
+        array([7, 7, 7], dtype=uint16)
+        """
+        return _numpy_line(self)
+
 
 def put(
     name: str,
@@ -315,3 +333,30 @@ def _bar(progress: bool | str, shared: bare.SharedArray) -> Iterator[Callable[[i
     scale = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
     with tqdm(total=shared.nbytes, desc=name, file=sys.stderr, **scale) as bar:
         yield bar.update
+
+
+# ---------------------------------------------------------------------- without the library
+
+
+def _numpy_line(made: SharedArray, platform: str = sys.platform) -> str:
+    """Return a line of Python that maps the memory with NumPy, and leaves it to its owner."""
+    dtype: Any = f'"{made.dtype}"' if made.dtype.names is None else made.dtype.descr
+    order = "" if made.order == "C" else ', order="F"'
+    if made.nbytes == 0:
+        return f"import numpy; a = numpy.empty({made.shape}, {dtype})"
+    if platform.startswith("linux"):
+        return (
+            f'import numpy; a = numpy.memmap("/dev/shm/{made.name}", {dtype}, "r+", '
+            f"{made.offset}, {made.shape}{order})"
+        )
+    whole = made.offset + made.nbytes
+    # Not by multiprocessing, which removes what it has opened.
+    if platform == "win32":
+        imports, memory = "mmap", f'mmap.mmap(-1, {whole}, "{made.name}")'
+    else:
+        imports = "_posixshmem, mmap"
+        memory = f'mmap.mmap(_posixshmem.shm_open("/{made.name}", 2), {whole})'
+    return (
+        f"import {imports}, numpy; "
+        f"a = numpy.ndarray({made.shape}, {dtype}, {memory}, {made.offset}{order})"
+    )

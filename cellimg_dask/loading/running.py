@@ -13,13 +13,16 @@ from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.loading.crew import Crew
 
-__all__ = ["BlockRunner", "CellRunner", "Queue", "given_up", "wanted"]
+__all__ = ["BlockRunner", "CellRunner", "Queue", "given_up", "tries_again", "wanted"]
 
 given_up: ContextVar[Future[None] | None] = ContextVar("cellimg_given_up", default=None)
 """Done once nobody wants any more what this thread asks a `CellRunner` for."""
 
 wanted: ContextVar[Callable[[], bool] | None] = ContextVar("cellimg_wanted", default=None)
 """Says whether somebody still wants the cell that this thread computes; None: nobody can tell."""
+
+tries_again: ContextVar[bool] = ContextVar("cellimg_tries_again", default=False)
+"""Whether what fails in this thread is tried again by whoever asked, and so by nobody else."""
 
 
 class BlockRunner(Protocol):

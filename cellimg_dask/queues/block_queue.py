@@ -57,7 +57,8 @@ class BlockQueue:
         With processes: how long a block may take. After that its process is killed and the block
         is a `BlockTimeoutError`.
     crash_retries : int
-        With processes: how often a block is tried again whose process died of it.
+        With processes: how often a block is tried again whose process died of it. A batch run
+        counts such blocks among its own ``retries`` instead.
     on_update : callable, optional
         On this machine: is given a `BlockUpdate` for each ``task.update(...)`` of a function that
         has a parameter named ``task``. It is called on the thread that computes the block or

@@ -13,7 +13,7 @@ from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.errors import CellimgError, InitError, RemoteError
 from cellimg_dask.queues.environments import Env
 
-__all__ = ["EnvProgram"]
+__all__ = ["EnvProgram", "bare_options"]
 
 # The folder is a package by a name of its own: the environment may have another version of this
 # one. Modules in the working directory must not stand before those of the environment, nor Python's
@@ -22,8 +22,13 @@ _BARE = (
     "import sys; sys.path[:] = [path for path in sys.path if path]; "
     "import types; package = types.ModuleType('cellimg_worker'); package.__path__ = [sys.argv[1]]; "
     "sys.modules['cellimg_worker'] = package; "
-    "from cellimg_worker.runner import main; main()"
+    "from cellimg_worker.{} import main; main()"
 )
+
+
+def bare_options(module: str) -> list[str]:
+    """Return what makes any Python with NumPy run ``main`` of a module of `bare`."""
+    return ["-c", _BARE.format(module), str(Path(bare.__file__).parent)]
 
 
 class EnvProgram:
@@ -45,8 +50,7 @@ class EnvProgram:
 
     def command(self) -> list[str]:
         """Return what starts the environment's Python; see `Program`."""
-        folder = Path(bare.__file__).parent
-        return [*self.env.command(), "-c", _BARE, str(folder)]
+        return [*self.env.command(), *bare_options("runner")]
 
     def variables(self) -> Mapping[str, str] | None:
         """Return the environment's own, and of this process' those that do no harm there."""

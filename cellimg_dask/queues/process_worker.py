@@ -7,6 +7,7 @@ from typing import Any
 
 from cellimg_dask.bare.places import Segments, array_at
 from cellimg_dask.bare.serve import Reply, Runtime, Server, serve
+from cellimg_dask.bare.task import Task
 from cellimg_dask.bare.wire import Message
 from cellimg_dask.blocks.errors import CellimgError, InitError, describe
 from cellimg_dask.blocks.tasks import doing
@@ -67,7 +68,7 @@ class PickledRunner(Runtime):
         for array in given.values():
             array.flags.writeable = False
         plan = job.planner.plan(request["index"])
-        with doing(server.task()):
+        with doing(server.task(Task)):
             result = self._worker.apply(job, plan, inputs, out)
         if out is None:
             return {}, [_packed(result, job.function.name)]

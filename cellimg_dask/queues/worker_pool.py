@@ -21,7 +21,7 @@ from cellimg_dask.blocks.errors import (
 )
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.loading.priorities import INTERACTIVE, priority
-from cellimg_dask.loading.running import wanted
+from cellimg_dask.loading.running import tries_again, wanted
 from cellimg_dask.queues.pool import Pool
 from cellimg_dask.queues.rules import Rules
 from cellimg_dask.queues.service import (
@@ -176,7 +176,7 @@ class WorkerPool:
                     if isinstance(error, InitError):
                         raise
                     deaths += 1
-                    if deaths > self.rules.crash_retries:
+                    if deaths > self.rules.crash_retries or tries_again.get():
                         raise _died(errand, error, deaths) from None
 
     def _have_done(

@@ -141,7 +141,7 @@ FAILURES: list[tuple[str, type[Exception], str]] = [
     ("{file}:smoth", AttributeError, "did you mean 'smooth'"),
     ("{file}:value", TypeError, "an int, which cannot be called"),
     ("{file}:odd", TypeError, "odd: parameter how is of type complex, which JSON cannot say"),
-    ("no_such_module_anywhere:f", ImportError, "there is no module 'no_such_module_anywhere'"),
+    ("no_such_module_anywhere:f", ImportError, "No module named 'no_such_module_anywhere'"),
 ]
 
 

@@ -95,7 +95,7 @@ def test_half_a_message_is_waited_for(ends: tuple[Wire, Wire]) -> None:
     assert other.receive(0) == ({"a": 1}, [])
 
 
-@pytest.mark.parametrize("line", [b"dust\n", b"[1]\n", b"\xff\xfe\n", b"\n"])
+@pytest.mark.parametrize("line", [b"dust\n", b"[1]\n", b"\xff\xfe\n"])
 def test_what_is_no_message_is_an_error_and_the_next_one_is_read(
     ends: tuple[Wire, Wire], line: bytes
 ) -> None:
@@ -104,6 +104,13 @@ def test_what_is_no_message_is_an_error_and_the_next_one_is_read(
     one.send({"a": 1})
     with pytest.raises(ValueError, match=r"JSON|Expecting|decode"):
         other.receive()
+    assert other.receive() == ({"a": 1}, [])
+
+
+def test_blank_lines_say_nothing(ends: tuple[Wire, Wire]) -> None:
+    one, other = ends
+    os.write(one._sink, b"\n  \n")
+    one.send({"a": 1})
     assert other.receive() == ({"a": 1}, [])
 
 

@@ -91,6 +91,18 @@ def test_a_function_of_any_parameters_is_shown(run, file):
     assert lines[-2:] == ["parameters", "  …  an integer    by any name"]
 
 
+def test_a_function_is_asked_in_an_environment(run, file):
+    # It cannot be imported in this process.
+    file.write_text(f"{FUNCTIONS}\nimport sys\nassert sys.argv[0] == '-c'\n")
+    result = run("info", f"{file}:smooth", "--env", sys.prefix)
+    assert result.stdout == TABLE.format(reference=f"{file}:smooth")
+    missing = run("info", f"{file}:smoth", "--env", sys.prefix)
+    assert missing.exit_code == 1
+    assert "has no function 'smoth'; did you mean 'smooth'?" in missing.stderr
+    Path("empty").mkdir()
+    assert "is no Python environment" in run("info", f"{file}:smooth", "--env", "empty").stderr
+
+
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
 def test_the_description_that_is_printed_is_read_again(run, file, suffix):
     text = run("info", "--json", f"{file}:smooth").stdout
@@ -109,7 +121,7 @@ MISTAKES = [
     (["info_functions.py:odd"], 1, "odd: parameter how is of type complex, which JSON cannot say"),
     (["info_functions.py"], 2, "name one of them: info_functions.py:smooth, info_functions.py:l"),
     (["elsewhere.py:smooth"], 1, "there is no file"),
-    (["no_such_module:smooth"], 1, "there is no module 'no_such_module'"),
+    (["no_such_module:smooth"], 1, "No module named 'no_such_module'"),
     (["numpy.negative"], 2, "does not exist. If it is a function, write numpy:negative."),
     (["nowhere.yaml"], 2, "Path 'nowhere.yaml' does not exist.\n"),
     (["spec.yaml"], 1, "'stages' belongs to a spec, and this is to be a description"),

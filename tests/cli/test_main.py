@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "Run it again to carry on",
     "plan": "computes nothing and writes nothing",
     "status": "done, missing or damaged",
+    "worker": "which may be in any language",
 }
 
 
@@ -54,7 +55,7 @@ def test_python_m_is_the_same_command():
     assert done.stdout.startswith("cellimg, version ")
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "status"])
+@pytest.mark.parametrize("command", ["demo", "run", "status", "worker"])
 def test_help_imports_nothing_heavy(imported, command):
     heavy = {
         "dask",

@@ -19,7 +19,8 @@ import pytest
 from support import PATIENCE_S
 
 import cellimg_dask as ci
-from cellimg_dask.cli.share import _name_of, _numpy_line
+from cellimg_dask.cli.share import _name_of
+from cellimg_dask.image.shared import _numpy_line
 
 Share = Callable[..., Any]
 
@@ -177,7 +178,7 @@ def test_files_of_every_kind(
 
     def look(made: Any, *_: Any) -> None:
         seen.append((made.shape, str(made.dtype), made.axes))
-        seen.append(_numpy_line(made))
+        seen.append(made.numpy_line())
         namespace: dict[str, Any] = {}
         exec(seen[-1], namespace)
         assert namespace["a"].shape == shape

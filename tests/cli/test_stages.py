@@ -20,7 +20,8 @@ from skimage.measure import regionprops_table
 from support import same_objects
 
 from cellimg_dask.batch.manifest import Manifest, pass_of
-from cellimg_dask.batch.spec import KINDS, InputSpec, QueueSpec, SlurmSpec, WholeSpec
+from cellimg_dask.batch.queue_spec import CondaSpec, EnvSpec, QueueSpec, SlurmSpec, UvSpec
+from cellimg_dask.batch.spec import KINDS, InputSpec, WholeSpec
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "spec.md"
 
@@ -542,6 +543,9 @@ def test_ctrl_c_names_the_stage(run, write, monkeypatch):
 
 def test_the_reference_tells_of_every_entry():
     text = REFERENCE.read_text(encoding="utf-8")
-    for model in (*KINDS.values(), WholeSpec, InputSpec, QueueSpec, SlurmSpec):
+    for model in (
+        *KINDS.values(),
+        *(WholeSpec, InputSpec, QueueSpec, SlurmSpec, EnvSpec, UvSpec, CondaSpec),
+    ):
         for name in model.model_fields:
             assert f"`{name}`" in text, f"{name} of {model.__name__}"

@@ -680,7 +680,6 @@ def scaled(a: Any, b: Any = 0, *, factor: Any, task: Any = None) -> Any:
         (1, {"factor": 1, "q": 1}, ["q: no such parameter; there are b, factor"]),
         (1, {"factor": 1, "a": 1}, ["a: is an array that is given after the function, and no p"]),
         (2, {"factor": 1, "b": 1}, ["b: is an array that is given after the function, and no p"]),
-        (1, {"factor": 1, "task": 1}, ["task: no such parameter"]),
         (2, None, ["factor: is missing: give it in params"]),
     ],
 )
