@@ -15,6 +15,7 @@ A description is a dictionary of JSON's types; values may also be arrays:
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import inspect
 import itertools
@@ -23,13 +24,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 
 from . import compiled
 from .naming import attribute_of, file_state, here, import_file, import_module, search_in
 
-__all__ = ["Functions", "InitError", "bind", "wants_task"]
+__all__ = ["Functions", "Held", "InitError", "bind", "wants_task"]
+
+_MUCH_LITTER = 1 << 20
 
 
 class InitError(RuntimeError):
@@ -59,9 +63,12 @@ class Functions:
     def __init__(self, init: Mapping[str, Any] | None = None) -> None:
         self.namespace: dict[str, Any] = {}
         """Names bound by ``init``."""
-        self._known: dict[Any, Callable[..., Any]] = {}
+        self._known: WeakValueDictionary[Any, Held] = WeakValueDictionary()
+        self._kept: dict[int, Held] = {}
         self._models: dict[Any, _Model] = {}
-        self._sources: dict[str, ModuleType] = {}
+        self._sources: WeakValueDictionary[str, _Source] = WeakValueDictionary()
+        self._litter = 0
+        """Bytes of texts that nobody has any more."""
         self._spaces: dict[tuple[str, str | None], dict[str, Any]] = {}
         try:
             self._run(init)
@@ -73,7 +80,16 @@ class Functions:
             ) from error
 
     def load(self, spec: Mapping[str, Any]) -> Callable[..., Any]:
-        """Return the function that is described, the same one for the same description.
+        """Return the function that is described, the same one for the same description, for ever.
+
+        See `hold` for what it raises.
+        """
+        held = self.hold(spec)
+        self._kept[id(held)] = held
+        return held.function
+
+    def hold(self, spec: Mapping[str, Any]) -> Held:
+        """Return the function that is described, to be forgotten with what is returned.
 
         Raises
         ------
@@ -94,31 +110,39 @@ class Functions:
             known = self._known[key] = self._load(spec)
         return known
 
-    def _load(self, spec: Mapping[str, Any]) -> Callable[..., Any]:
+    def clean_up(self) -> None:
+        """Have the memory of functions back that nobody holds any more."""
+        if self._litter > _MUCH_LITTER:
+            # Functions and what they use have each other.
+            gc.collect()
+            self._litter = 0
+
+    def _load(self, spec: Mapping[str, Any]) -> Held:
         if "file" in spec:
             path, name = _text(spec, "file"), _text(spec, "name")
-            return self._bound(attribute_of(import_file(path), name, path))
+            return Held(self._bound(attribute_of(import_file(path), name, path)))
         if "source" in spec:
             name = _text(spec, "name")
-            module = self._source(_text(spec, "source"), spec.get("folders") or ())
-            function: Callable[..., Any] = attribute_of(module, name, "the source")
-            return function
+            source = self._source(_text(spec, "source"), spec.get("folders") or ())
+            return Held(attribute_of(source.module, name, "the source"), source)
         if "code" in spec:
-            return _Code(self, _text(spec, "code"), spec.get("init"))
+            return Held(_Code(self, _text(spec, "code"), spec.get("init")))
         if "partial" in spec:
-            inner = self.load(spec["partial"])
-            return functools.partial(inner, *spec.get("args", ()), **spec.get("kwargs", {}))
+            inner = self.hold(spec["partial"])
+            args, kwargs = spec.get("args", ()), spec.get("kwargs", {})
+            return Held(functools.partial(inner.function, *args, **kwargs), inner)
         if "model" in spec:
             key = _key(spec["model"])
             if key not in self._models:
                 self._models[key] = _Model(self.load(spec["model"]))
-            return _WithModel(self._models[key], self.load(spec["function"]))
+            inner = self.hold(spec["function"])
+            return Held(_WithModel(self._models[key], inner.function), inner)
         if "name" in spec:
             place, colon, name = _text(spec, "name").rpartition(":")
             if not (place and colon and name):
                 raise ValueError(f'expected "module:function", got {spec["name"]!r}')
             module = import_module(place, spec.get("folders") or ())
-            return self._bound(attribute_of(module, name, f"module {place!r}"))
+            return Held(self._bound(attribute_of(module, name, f"module {place!r}")))
         raise ValueError(
             f"a function is described by name, file, source, code, partial or model, got "
             f"{sorted(map(str, spec))}"
@@ -128,16 +152,19 @@ class Functions:
         bound: Callable[..., Any] = bind(function, self.namespace)
         return bound
 
-    def _source(self, text: str, folders: Iterable[str]) -> ModuleType:
+    def _source(self, text: str, folders: Iterable[str]) -> _Source:
         search_in(folders)
-        module = self._sources.get(text)
-        if module is None:
+        source = self._sources.get(text)
+        if source is None:
             code = _compiled(text, "source")
             # Numbers tell those of several workers in one process apart.
             module = ModuleType(f"cellimg_source_{next(_numbers)}")
             module.__dict__.update(self.namespace, _import_file=import_file)
+            source = _Source(module)
             # Before it runs: dataclasses look their module up.
             sys.modules[module.__name__] = module
+            gone = finalize(source, self._forget, module.__name__, code.co_filename, len(text))
+            gone.atexit = False
             try:
                 exec(code, module.__dict__)
             except ModuleNotFoundError as error:
@@ -145,8 +172,13 @@ class Functions:
                     f"the function imports {error.name!r}, which is not in {here()}",
                     name=error.name,
                 ) from error
-            self._sources[text] = module
-        return module
+            self._sources[text] = source
+        return source
+
+    def _forget(self, module: str, filename: str, size: int) -> None:
+        sys.modules.pop(module, None)
+        linecache.cache.pop(filename, None)
+        self._litter += size
 
     def _run(self, init: Mapping[str, Any] | None) -> None:
         if init is None:
@@ -156,7 +188,7 @@ class Functions:
             exec(_compiled(_text(init, "code"), "BlockQueue init"), space)
             self.namespace = {k: v for k, v in space.items() if not k.startswith("__")}
             return
-        function = self._load(init)
+        function = self.load(init)
         result = function()
         if isinstance(function, FunctionType):
             self.namespace = {
@@ -181,6 +213,29 @@ class Functions:
                 ) from error
             self._spaces[code, init] = space
         return space
+
+
+class Held:
+    """A function that is known as long as somebody has this.
+
+    Parameters
+    ----------
+    function : callable
+        The function.
+    *others : object
+        What it needs.
+    """
+
+    def __init__(self, function: Callable[..., Any], *others: object) -> None:
+        self.function = function
+        self._others = others
+
+
+class _Source:
+    """The module of a text."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
 
 
 class _Code:
@@ -300,7 +355,6 @@ def _without_first(function: Callable[..., Any]) -> inspect.Signature | None:
 _numbers = itertools.count()
 
 
-@functools.lru_cache(maxsize=256)
 def _compiled(text: str, what: str) -> CodeType:
     filename = f"<{what} {hashlib.sha256(text.encode()).hexdigest()[:8]}>"
     code = compile(text, filename, "exec", dont_inherit=True)

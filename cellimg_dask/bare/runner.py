@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .block import Block, Outline
-from .functions import Functions, wants_task
+from .functions import Functions, Held, wants_task
 from .places import Layout, Segments, array_at
 from .segments import Segment
 from .serve import Reply, Runtime, Server, serve
@@ -24,7 +23,7 @@ class Runner(Runtime):
 
     def __init__(self) -> None:
         self._functions = Functions()
-        self._known: dict[int, tuple[Callable[..., Any], bool]] = {}
+        self._known: dict[int, tuple[Held, bool]] = {}
         self._segments = Segments()
 
     def do_init(self, request: Message, attached: list[bytes], server: Server) -> Reply:
@@ -34,19 +33,20 @@ class Runner(Runtime):
 
     def do_define(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Learn a function, which has a number from now on."""
-        function = self._functions.load(from_attached(request["spec"], attached))
-        self._known[request["function"]] = function, wants_task(function)
+        held = self._functions.hold(from_attached(request["spec"], attached))
+        self._known[request["function"]] = held, wants_task(held.function)
         return {}, []
 
     def do_forget(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Forget functions."""
         for number in request["functions"]:
             self._known.pop(number, None)
+        self._functions.clean_up()
         return {}, []
 
     def do_execute(self, request: Message, attached: list[bytes], server: Server) -> Reply:
         """Call a function; arrays of the result are put into the segment, behind the others."""
-        function, with_task = self._known[request["function"]]
+        held, with_task = self._known[request["function"]]
         segment = self._segments.get(request["segment"])
 
         def fetch(place: Any) -> np.ndarray[Any, Any]:
@@ -62,7 +62,7 @@ class Runner(Runtime):
             kwargs = {}
         if with_task:
             kwargs.setdefault("task", server.task(Task))
-        result = function(*args, **kwargs)
+        result = held.function(*args, **kwargs)
         return {"outputs": self._given_out(result, segment, request["end"], server)}, []
 
     def _given_out(self, result: Any, segment: Segment, end: int, server: Server) -> Any:

@@ -243,12 +243,14 @@ def serve(runtime: Runtime, *, end_with_parent: bool = True) -> None:
     end_with_parent : bool
         Whether to end with the process that started this one, even in the middle of a task.
     """
-    server = Server(private_wire(), runtime)
+    wire = private_wire()
+    server = Server(wire, runtime)
     if hasattr(os, "register_at_fork"):
         # What a block forks must not answer, nor keep the pipes open when this process dies.
         os.register_at_fork(after_in_child=server.abandon)
     sys.argv[1:] = []
     if end_with_parent:
+        wire.send_launch()
         # Ctrl-C in a terminal goes to all processes; the parent decides what becomes of workers.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         watch = threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True)

@@ -20,6 +20,7 @@ Message = dict[str, Any]
 """What a line says."""
 
 _AT_ONCE = 1 << 16
+_LAUNCH = b'{"responseType":"LAUNCH"}'
 
 _as_text = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -105,6 +106,29 @@ class Wire:
         # Errors are told unasked.
         poll.register(self._sink, 0)
         return not poll.poll(0)
+
+    def send_launch(self) -> None:
+        """Say that messages begin here; `OSError` if the other end is gone."""
+        # Perhaps in the middle of a line.
+        with self._sending:
+            self._write(b"\n" + _LAUNCH + b"\n")
+
+    def wait_for_launch(self) -> None:
+        """Skip whatever a process printed before it took the descriptors.
+
+        Raises
+        ------
+        EOFError
+            If the other end is gone.
+        """
+        line = b""
+        while line != _LAUNCH:
+            end = self._read.find(b"\n")
+            if end < 0:
+                self._more(_AT_ONCE)
+            else:
+                line = bytes(self._read[:end])
+                del self._read[: end + 1]
 
     def _ready(self, wait_s: float) -> bool:
         # Where nobody can tell, reading waits.

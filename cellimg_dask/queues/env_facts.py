@@ -19,8 +19,9 @@ _PATIENCE_S = 120.0
 _MARK = "cellimg environment: "
 # For any Python, so that it can say that it is too old.
 _PROGRAM = r"""
-import json, os, sys
+import sys
 sys.path[:] = [place for place in sys.path if place]
+import json, os
 facts = {"version": list(sys.version_info[:3]), "executable": sys.executable}
 try:
     import numpy

@@ -16,10 +16,11 @@ from cellimg_dask.queues.environments import Env
 __all__ = ["EnvProgram", "bare_options"]
 
 # The folder is a package by a name of its own: the environment may have another version of this
-# one. Modules in the working directory must not stand before those of the environment.
+# one. Modules in the working directory must not stand before those of the environment, nor Python's
+# own.
 _BARE = (
-    "import sys, types; sys.path[:] = [path for path in sys.path if path]; "
-    "package = types.ModuleType('cellimg_worker'); package.__path__ = [sys.argv[1]]; "
+    "import sys; sys.path[:] = [path for path in sys.path if path]; "
+    "import types; package = types.ModuleType('cellimg_worker'); package.__path__ = [sys.argv[1]]; "
     "sys.modules['cellimg_worker'] = package; "
     "from cellimg_worker.{} import main; main()"
 )

@@ -139,6 +139,11 @@ class Service:
         self._process.stdin.close()
         self._process.stdout.close()
         self._wire = Wire(source, sink)
+        try:
+            # Start-up files of an environment may print.
+            self._wire.wait_for_launch()
+        except (EOFError, OSError):
+            raise self._how_it_ended() from None
 
     def ask(
         self,

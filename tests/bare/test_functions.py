@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import linecache
 import os
 import subprocess
 import sys
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,37 @@ def test_names_are_bound_where_they_are_used_and_nowhere_else() -> None:
 
 
 # ------------------------------------------------------------------------------ task
+
+
+def test_what_nobody_holds_is_forgotten() -> None:
+    functions = Functions()
+    array = np.zeros(1000)
+    text = f"""
+import numpy as np
+table = np.zeros(1000)
+padding = {"x" * (2 << 20)!r}
+def f(a): return table
+"""
+    source = {"source": text, "name": "f"}
+    partial = {"partial": source, "args": [array]}
+    held, other = functions.hold(source), functions.hold(partial)
+    assert functions.hold(source) is held
+    # The module, its lines for tracebacks, and all arrays.
+    table = held.function(0)
+    name = held.function.__module__
+    filename = held.function.__code__.co_filename
+    seen = weakref.ref(table), weakref.ref(array)
+    assert name in sys.modules
+    assert filename in linecache.cache
+    del table, array, partial, other
+    functions.clean_up()
+    assert seen[1]() is None
+    assert held.function(0) is seen[0]()
+    del held
+    functions.clean_up()
+    assert seen[0]() is None
+    assert name not in sys.modules
+    assert filename not in linecache.cache
 
 
 def test_who_wants_the_task() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -22,6 +23,7 @@ import scipy.ndimage as ndi
 from support import PATIENCE_S, begin, in_time, same_objects, until
 
 import cellimg_dask as ci
+from cellimg_dask.queues.env_facts import known_facts
 
 # What workers do. It needs no more than NumPy, and is not importable here.
 FUNCTIONS = """
@@ -338,6 +340,31 @@ def test_what_is_printed_does_not_disturb(
     assert err.count("native dust") == err.count("dust from a shell") == 4
 
 
+@pytest.mark.parametrize("size", [7, 200_000])
+def test_what_python_prints_when_it_starts_does_not_disturb(
+    env: ci.Env, file: str, data: Any, tmp_path: Path, size: int
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nprint('welcome', flush=True)\nos.write(1, b'x' * {size})\n"
+    )
+    chatty = ci.Env.venv(env.command()[0], variables={"PYTHONPATH": str(tmp_path)})
+    with ci.BlockQueue(1, env=chatty) as queue:
+        image = ci.map_cells(f"{file}:double", data, dtype=np.uint8, queue=queue)
+        np.testing.assert_array_equal(in_time(lambda: image[...]), 2 * data)
+
+
+def test_files_of_the_working_directory_hide_nothing(
+    env: ci.Env, file: str, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cellimg_worker", "json", "numpy", "select", "types", "wire"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    known_facts.clear()
+    with ci.BlockQueue(1, env=env) as queue:
+        image = ci.map_cells(f"{file}:double", data, dtype=np.uint8, queue=queue)
+        np.testing.assert_array_equal(image[...], 2 * data)
+
+
 @pytest.mark.parametrize(
     ("kind", "cause"),
     [("ValueError", ValueError), ("KeyError", KeyError), ("Own", ci.RemoteError)],
@@ -545,6 +572,31 @@ def test_workers_that_are_killed_all_the_time(
     np.testing.assert_array_equal(out, here[...])
     queue.close()
     assert set(footprint()["segments"]) == before
+
+
+def test_workers_forget_images_that_are_gone(make: Any) -> None:
+    queue = make()
+    (pid,) = queue.blocks.pids
+
+    def megabytes() -> int:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) >> 10
+
+    def shade(a: Any, light: Any) -> Any:
+        return a + light[0]
+
+    def once(n: int) -> None:
+        field, table = np.full(1 << 20, n), np.full(1 << 16, n)
+        for f in (functools.partial(shade, light=field), lambda a: a + table[0]):
+            image = ci.map_cells(f, np.zeros(2, int), dtype=int, queue=queue, cache=None)
+            assert image[0] == n
+
+    once(0)
+    before = megabytes()
+    for n in range(1, 21):
+        once(n)
+    # It would be 8 for each partial alone.
+    assert megabytes() < before + 80
 
 
 def test_two_thousand_tiny_tasks_of_eight_threads(queue: ci.BlockQueue, file: str) -> None:
