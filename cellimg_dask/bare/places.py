@@ -77,18 +77,23 @@ class Segments:
     """Segments of the caller's that this worker has attached."""
 
     def __init__(self) -> None:
-        self._attached: dict[str, Segment] = {}
+        self._attached: dict[tuple[str, bool], Segment] = {}
 
     def __len__(self) -> int:
         return len(self._attached)
 
-    def get(self, name: str) -> Segment:
+    def get(self, name: str, readonly: bool = False) -> Segment:
         """Return the segment with this name."""
-        segment = self._attached.get(name)
+        key = (name, readonly)
+        segment = self._attached.get(key)
         if segment is None:
             # Slots have grown: let go of those that were removed.
             for known, other in list(self._attached.items()):
                 if other.is_removed:
                     self._attached.pop(known).close()
-            segment = self._attached[name] = Segment.attach(name)
+            segment = self._attached[key] = Segment.attach(name, readonly)
         return segment
+
+    def inputs(self, name: str) -> Segment:
+        """Return a segment of somebody's who has not said that it may be written to."""
+        return self.get(name, readonly=True)
