@@ -78,17 +78,25 @@ class Segments:
 
     def __init__(self) -> None:
         self._attached: dict[str, Segment] = {}
+        self._only_read: dict[str, Segment] = {}
 
     def __len__(self) -> int:
-        return len(self._attached)
+        return len(self._attached) + len(self._only_read)
 
     def get(self, name: str) -> Segment:
         """Return the segment with this name."""
-        segment = self._attached.get(name)
-        if segment is None:
-            # Slots have grown: let go of those that were removed.
-            for known, other in list(self._attached.items()):
-                if other.is_removed:
-                    self._attached.pop(known).close()
-            segment = self._attached[name] = Segment.attach(name)
-        return segment
+        return _attach(self._attached, name, readonly=False)
+
+    def only_read(self, name: str) -> Segment:
+        """Return the segment with this name, whose arrays cannot be written to."""
+        return _attach(self._only_read, name, readonly=True)
+
+
+def _attach(known: dict[str, Segment], name: str, *, readonly: bool) -> Segment:
+    segment = known.get(name)
+    if segment is None:
+        # Slots have grown: let go of those that were removed.
+        for other in [name for name, segment in known.items() if segment.is_removed]:
+            known.pop(other).close()
+        segment = known[name] = Segment.attach(name, readonly)
+    return segment

@@ -50,7 +50,7 @@ class Runner(Runtime):
         segment = self._segments.get(request["segment"])
 
         def fetch(place: Any) -> np.ndarray[Any, Any]:
-            return array_at(segment, place, self._segments.get)
+            return array_at(segment, place, self._segments.only_read)
 
         args = decode(request["args"], fetch)
         kwargs = decode(request["kwargs"], fetch)

@@ -124,6 +124,8 @@ class Segment:
             raise FileExistsError(
                 errno.EEXIST, "there is shared memory of this name already", chosen
             ) from error
+        except OverflowError as error:
+            raise MemoryError(_no_room(size, named=name is not None)) from error
         except OSError as error:
             if error.errno in _NO_ROOM or getattr(error, "winerror", 0) in (8, 1455):
                 raise MemoryError(_no_room(size, named=name is not None)) from error

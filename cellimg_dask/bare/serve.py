@@ -143,7 +143,12 @@ class Server:
             reply = ("FAILURE", *self._runtime.failure(error))
         self._running = None
         self._cancelled.discard(number)
-        self._respond(number, *reply)
+        try:
+            self._respond(number, *reply)
+        except (RecursionError, TypeError, ValueError) as error:
+            # JSON has no such thing; nothing of it was sent.
+            reply = ("FAILURE", *self._runtime.failure(error))
+            self._respond(number, *reply)
         return self._runtime.answered(request, reply[0])
 
     def _known(self) -> str:

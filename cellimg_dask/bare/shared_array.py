@@ -309,12 +309,18 @@ def make_shared(
         if fill is not None:
             fill(made)
         made._mark_changed()
-        assert made._ready is not None
-        made._ready[...] = 1
+        ready = made._ready
+        if ready is None:
+            raise ValueError(f"the shared array {name!r} was removed while it was filled")
+        ready[...] = 1
     except BaseException:
-        _owned.pop(name, None)
+        with _owning:
+            # Another thread may have put one in its place.
+            mine = _owned.get(name)
+            if mine is None or mine._segment is segment:
+                _owned.pop(name, None)
+                forget_name(name)
         segment.unlink()
-        forget_name(name)
         segment.close()
         raise
     return made
@@ -446,6 +452,8 @@ def _segment_for(name: str, nbytes: int, replace: bool) -> Segment:
         mine = _mine(name) is not None
         if not (replace and (mine or info.is_alive is False)):
             whose = "this process" if mine else f"process {info.owner}"
+            if info.owner is None:
+                whose = "a process that its header no longer tells"
             way = "replace=True puts another one in its place, "
             if not mine and info.is_alive is False:
                 whose += ", which has ended"

@@ -112,7 +112,8 @@ def _special(key: str, content: Any, fetch: Fetch) -> Any:
     if key == "$array":
         return fetch(content)
     if key == "$scalar":
-        return np.frombuffer(b64decode(content[1]), dtype_from(content[0]))[0]
+        # Also of no bytes at all, which frombuffer refuses.
+        return np.ndarray((), dtype_from(content[0]), b64decode(content[1]))[()]
     if key == "$tuple":
         return tuple(decode(item, fetch) for item in content)
     if key == "$set":

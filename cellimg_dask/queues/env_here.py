@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.errors import InitError
+from cellimg_dask.blocks.errors import InitError, QueueClosedError
 from cellimg_dask.blocks.plan import CellPlan
 from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.loading.crew import Crew, get_crew, usable_cores
@@ -68,11 +68,21 @@ class ArrivedEnv:
         return self.worker().apply(job, plan, inputs, out)
 
     def worker(self, *, again: bool = False) -> EnvBlocks:
-        """Return the workers of this process; `InitError` if their ``init`` failed.
+        """Return the workers of this process.
 
         With ``again`` an ``init`` that failed is tried once more.
+
+        Raises
+        ------
+        InitError
+            If their ``init`` failed.
+        QueueClosedError
+            If they ended, because the queue was closed.
         """
         with _lock:
+            if self.token in _left:
+                # By a block that still runs.
+                raise QueueClosedError("the queue was closed; make a new BlockQueue")
             entry = _entries.setdefault(self.token, _Entry())
         return entry.blocks(self._make, again)
 
@@ -121,12 +131,15 @@ class _Entry:
 
 
 _entries: dict[str, _Entry] = {}
+_left: set[str] = set()
+"""Queues whose workers ended here with the last who might need them."""
 _lock = threading.Lock()
 
 
 def use(token: str) -> None:
     """Note one more who may need the workers of a queue in this process."""
     with _lock:
+        _left.discard(token)
         _entries.setdefault(token, _Entry()).users += 1
 
 
@@ -140,4 +153,5 @@ def leave(token: str) -> None:
         if entry.users > 0:
             return
         del _entries[token]
+        _left.add(token)
     entry.close()

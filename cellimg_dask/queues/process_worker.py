@@ -57,7 +57,7 @@ class PickledRunner(Runtime):
         assert self._worker is not None
         job = self._jobs[request["function"]]
         segment = self._segments.get(request["segment"])
-        arrays = [array_at(segment, place, self._segments.get) for place in request["arrays"]]
+        arrays = [array_at(segment, place, self._segments.only_read) for place in request["arrays"]]
         out = None if job.dtype.hasobject else arrays.pop()
         given: dict[int, Any] = pickle.loads(attached[0]) if attached else {}
         shared = iter(arrays)

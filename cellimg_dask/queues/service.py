@@ -17,7 +17,7 @@ from typing import Protocol
 from cellimg_dask.bare.wire import Message, Wire
 from cellimg_dask.blocks.errors import InitError
 
-__all__ = ["CancelledTaskError", "DiedError", "LateError", "Program", "Service"]
+__all__ = ["CancelledTaskError", "DiedError", "LateError", "Program", "Service", "StillbornError"]
 
 # So often somebody who waits for a worker looks whether the result is still wanted.
 _LOOK_S = 0.2
@@ -34,6 +34,10 @@ class DiedError(Exception):
         """As `subprocess.Popen.returncode`: negative for a signal; None if it is not known."""
         self.stderr = stderr
         """The last lines that it wrote to standard error, or printed."""
+
+
+class StillbornError(InitError):
+    """A worker process ended before ``init`` had; perhaps somebody else's doing."""
 
 
 class LateError(Exception):
@@ -97,7 +101,7 @@ class Service:
         Raises
         ------
         InitError
-            If that fails.
+            If that fails; a `StillbornError` if the process died meanwhile.
         """
         if self._process is not None:
             if self._in_step and self._process.poll() is None:
@@ -111,7 +115,7 @@ class Service:
             self.ask(greeting, *attached)
         except DiedError as error:
             said = f"; it wrote:\n{error.stderr}" if error.stderr else ""
-            raise InitError(
+            raise StillbornError(
                 f"the worker process died ({error}) before init had ended{said}"
             ) from None
         except BaseException:
@@ -188,7 +192,7 @@ class Service:
         try:
             self._wire.send({**request, "task": number}, *attached)
             while True:
-                received = self._wire.receive(patience.wait_s())
+                received = self._receive(patience.wait_s())
                 if patience.is_over():
                     self.kill()
                     raise LateError
@@ -198,6 +202,9 @@ class Service:
                     continue
                 response, parts = received
                 kind = response["responseType"]
+                if response["task"] not in (number, None):
+                    # Said by a thread that a block before this one has left running.
+                    continue
                 if kind == "UPDATE":
                     if on_update is not None:
                         on_update(response)
@@ -218,6 +225,14 @@ class Service:
         if kind == "FAILURE":
             raise self._program.error(response, parts, request["requestType"])
         return response, parts
+
+    def _receive(self, wait_s: float | None) -> tuple[Message, list[bytes]] | None:
+        assert self._wire is not None
+        try:
+            return self._wire.receive(wait_s)
+        except ValueError:
+            # It ended in the middle of a line.
+            raise EOFError from None
 
     def _how_it_ended(self) -> DiedError:
         assert self._process is not None

@@ -306,7 +306,7 @@ def _written(
     begin = f"def _maker({', '.join(variables)}):\n"
     if isinstance(node, ast.Lambda):
         result = itself or "_lambda"
-        body = ast.get_source_segment("".join(lines), node)
+        body = _without_defaults(lines, node)
         written = f"{begin} {result} = ({body}\n )\n return {result}\n"
     elif node.decorator_list:
         raise TypeError(
@@ -314,7 +314,7 @@ def _written(
             f"sent with it; {ADVICE}"
         )
     else:
-        own = _without_defaults(lines, node)
+        own = f"{_without_defaults(lines, node)}\n"
         indent = own[: len(own) - len(own.lstrip())]
         written = f"{begin}{own}{indent}return {code.co_name}\n" if indent else own
     # Annotations in it are not evaluated where it goes.
@@ -361,9 +361,11 @@ def _place(node: _Node) -> Any:
     return body.lineno, body.end_lineno, body.col_offset, body.end_col_offset
 
 
-def _without_defaults(lines: list[str], node: ast.FunctionDef) -> str:
-    """Return the lines of a function, with None for defaults: these were evaluated already."""
+def _without_defaults(lines: list[str], node: _Node) -> str:
+    """Return the text of a function, with None for defaults: these were evaluated already."""
+    assert node.end_lineno is not None
     own = [line.encode() for line in lines[node.lineno - 1 : node.end_lineno]]
+    own[-1] = own[-1][: node.end_col_offset]
     defaults = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
     for default in sorted(defaults, key=lambda each: (-each.lineno, -each.col_offset)):
         assert default.end_lineno is not None
@@ -371,8 +373,9 @@ def _without_defaults(lines: list[str], node: ast.FunctionDef) -> str:
         before = own[first][: default.col_offset]
         after = own[last][default.end_col_offset :]
         own[first : last + 1] = [before + b"None" + after]
-    text = b"".join(own).decode()
-    return text if text.endswith("\n") else f"{text}\n"
+    if isinstance(node, ast.Lambda):
+        own[0] = own[0][node.col_offset :]
+    return b"".join(own).decode()
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -30,6 +30,7 @@ from cellimg_dask.queues.service import (
     LateError,
     Program,
     Service,
+    StillbornError,
 )
 from cellimg_dask.queues.slots import Slot
 
@@ -173,11 +174,14 @@ class WorkerPool:
                 except (DiedError, InitError) as error:
                     if self._pool.closed:
                         raise QueueClosedError("the queue was closed during this block") from None
-                    if isinstance(error, InitError):
+                    if isinstance(error, InitError) and not isinstance(error, StillbornError):
                         raise
                     deaths += 1
-                    if deaths > self.rules.crash_retries or tries_again.get():
-                        raise _died(errand, error, deaths) from None
+                    if deaths <= self.rules.crash_retries and not tries_again.get():
+                        continue
+                    if isinstance(error, InitError):
+                        raise InitError(str(error)) from None
+                    raise _died(errand, error, deaths) from None
 
     def _have_done(
         self, service: Service, errand: Errand, number: int

@@ -637,6 +637,7 @@ def test_many_threads_attach_once(name: str, pool: Any) -> None:
         (lambda n: shared.empty(n, 2, "u1", order="A"), ValueError, 'order must be "C" or "F"'),
         (lambda n: shared.empty(n, 2, object), ValueError, "Python objects cannot be shared"),
         (lambda n: shared.empty(n, (1 << 40,), "u1"), MemoryError, "no room for 1,099,511,63"),
+        (lambda n: shared.empty(n, (1 << 63,), "u1"), MemoryError, "no room for 9,223,372,036"),
         (lambda n: shared.open(n), FileNotFoundError, "no shared memory of this name"),
         (lambda n: shared.remove(n), FileNotFoundError, "no shared memory of this name"),
     ],
@@ -663,6 +664,24 @@ def test_what_cannot_be_read_leaves_nothing(name: str) -> None:
         shared.put(name, Broken(np.zeros((2, 2)), (1, 1)))
     assert not exists(name)
     assert shared.cleanup(dead_owners=False, own=True) == []
+
+
+def test_one_that_is_replaced_while_it_is_filled(name: str) -> None:
+    class Slow:
+        shape, dtype = (3,), np.dtype(int)
+        second: Any = None
+
+        def __getitem__(self, key: Any) -> Any:
+            Slow.second = shared.put(name, [7], replace=True)
+            return np.arange(3)[key]
+
+    with pytest.raises(ValueError, match=r"closed|was removed while it was filled"):
+        shared.put(name, Slow())
+    # The other one is still this process's.
+    with Slow.second as second:
+        assert shared.open(name).array[0] == 7
+        assert second in shared_array.owned_here()
+    assert not exists(name)
 
 
 def test_a_name_of_ones_own_is_replaced_when_asked(name: str) -> None:

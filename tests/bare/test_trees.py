@@ -89,6 +89,14 @@ def test_values_survive_a_message(value: Any) -> None:
     assert same(from_attached(json.loads(line), list(attached)), value)
 
 
+@pytest.mark.parametrize("value", [np.bytes_(b""), np.str_(""), np.void(b"")])
+def test_scalars_without_bytes_survive_a_message(value: Any) -> None:
+    tree, attached = with_attached(value)
+    found = from_attached(tree, list(attached))
+    assert len(found) == 0
+    assert np.asarray(found).dtype.kind == value.dtype.kind
+
+
 @given(dtypes)
 def test_dtypes_survive_a_message(dtype: np.dtype[Any]) -> None:
     assert dtype_from(json.loads(json.dumps(dtype_name(dtype)))) == dtype

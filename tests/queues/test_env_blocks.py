@@ -24,6 +24,8 @@ from support import PATIENCE_S, begin, in_time, same_objects, until
 
 import cellimg_dask as ci
 from cellimg_dask.queues.env_facts import known_facts
+from cellimg_dask.queues.env_here import ArrivedEnv, leave, use
+from cellimg_dask.queues.rules import Rules
 
 # What workers do. It needs no more than NumPy, and is not importable here.
 FUNCTIONS = """
@@ -427,6 +429,32 @@ def test_a_crash_is_tried_again_so_often(
     np.testing.assert_array_equal(image[...], data)
 
 
+def test_a_worker_that_dies_while_it_starts_again_is_tried_again(
+    make: Any, file: str, data: Any, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    init = f"import os\nif os.path.exists({str(mark)!r}): os.remove({str(mark)!r}); os._exit(3)"
+    queue = make(init=init)
+    image = ci.map_cells(f"{file}:double", data, dtype=np.uint8, queue=queue, cache=None)
+    mark.touch()
+    os.kill(queue.blocks.pids[0], signal.SIGKILL)
+    np.testing.assert_array_equal(image[...], 2 * data)
+    assert not mark.exists()
+
+
+def test_a_worker_that_never_starts_again_is_an_error(
+    make: Any, file: str, data: Any, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    queue = make(init=f"import os\nif os.path.exists({str(mark)!r}): os._exit(3)")
+    image = ci.map_cells(f"{file}:double", data, dtype=np.uint8, queue=queue, cache=None)
+    mark.touch()
+    os.kill(queue.blocks.pids[0], signal.SIGKILL)
+    with pytest.raises(ci.InitError, match="exit status 3") as caught:
+        in_time(lambda: image[...])
+    assert type(caught.value) is ci.InitError
+
+
 def test_a_block_that_takes_too_long_is_killed(
     make: Any, file: str, data: Any, tmp_path: Path
 ) -> None:
@@ -521,6 +549,18 @@ def test_blocks_say_how_far_they_are(
         ci.BlockUpdate("reports", (0, 0), "begun", 0, 2),
         ci.BlockUpdate("reports", (0, 0), None, 2, 2, {"voxels": data.size}),
     ]
+
+
+def test_what_a_block_says_after_its_end_is_not_said_of_another(make: Any, data: Any) -> None:
+    said: list[ci.BlockUpdate] = []
+    queue = make(init="tasks = []", on_update=said.append)
+    code = ci.BlockCode("tasks.append(task); tasks[0].update('one'); task.update('two')")
+    image = ci.fill_cells(code, ci.CellGrid((3,), 1), dtype=int, queue=queue)
+    for index in range(3):
+        image.load(index)
+    assert [(update.position, update.message) for update in said] == [
+        ((0,), "one"), ((0,), "two"), ((1,), "two"), ((2,), "two"),
+    ]  # fmt: skip
 
 
 def test_a_block_that_nobody_wants_any_more_ends(
@@ -683,6 +723,18 @@ def test_workers_of_a_cluster_have_workers_there(
         np.testing.assert_array_equal(mask.to_dask().compute(), image > 7)
     # They end with the queue.
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_a_queue_that_is_closed_starts_no_workers_elsewhere(env: ci.Env) -> None:
+    arrived = ArrivedEnv("a queue", None, env, Rules())
+    use("a queue")
+    leave("a queue")
+    # A block of a cluster's worker may go on for a while.
+    with pytest.raises(ci.QueueClosedError):
+        arrived.worker()
+    use("a queue")
+    assert len(arrived.worker().pids) >= 1
+    leave("a queue")
 
 
 def test_an_init_that_fails_on_a_cluster(wide_cluster: Any, env: ci.Env) -> None:

@@ -107,6 +107,21 @@ def test_what_was_removed_is_copied(
     assert sum(copied) >= volume.nbytes
 
 
+def forced(a: Any) -> Any:
+    a.flags.writeable = True
+    a[...] = 0
+    return a
+
+
+@PROCESSES
+def test_nobody_writes_into_what_is_only_read(make_queue: Any, share: Any, volume: Any) -> None:
+    shared = share(volume)
+    image = ci.map_cells(forced, shared, dtype=np.uint8, queue=make_queue())
+    with pytest.raises(ci.BlockError, match="cannot set WRITEABLE flag"):
+        image[...]
+    np.testing.assert_array_equal(shared.array, volume)
+
+
 def test_where_an_array_lies(share: Any, volume: Any) -> None:
     shared = share(volume)
     name, begin = place_of(shared.array)  # type: ignore[misc]

@@ -318,6 +318,14 @@ def test_functions_with_variables_of_others(kind: str, elsewhere: Any) -> None:
     assert elsewhere(spec, 3) == repr(makes(kind)(3))
 
 
+def test_defaults_of_lambdas_are_values(elsewhere: Any) -> None:
+    # As people do in loops.
+    made = [lambda a, i=i, *, j=[i, i * 2]: (a, i, j) for i in range(3)]
+    odd = [lambda a, i=("ä", i), k=lambda b, i=i: b + i: (i, k(a)) for i in range(2)]
+    for function in (*made, *odd):
+        assert elsewhere(ship(function), 7) == repr(function(7))  # type: ignore[operator]
+
+
 def test_descriptions_are_the_same_each_time() -> None:
     assert ship(with_globals) == ship(with_globals)
     assert ship(makes("nested")) == ship(makes("nested"))
