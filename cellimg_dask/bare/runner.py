@@ -65,6 +65,13 @@ class Runner(Runtime):
         result = held.function(*args, **kwargs)
         return {"outputs": self._given_out(result, segment, request["end"], server)}, []
 
+    def failure(self, error: BaseException) -> Reply:
+        """Return also what the error is made of, where that is plain; see `Runtime.failure`."""
+        content, attached = super().failure(error)
+        if all(part is None or type(part) in (bool, int, str) for part in error.args):
+            content["args"] = list(error.args)
+        return content, attached
+
     def _given_out(self, result: Any, segment: Segment, end: int, server: Server) -> Any:
         layout = Layout(end)
         arrays: list[np.ndarray[Any, Any]] = []

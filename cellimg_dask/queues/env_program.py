@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,20 @@ class EnvProgram:
         elif asked == "DEFINE":
             error = CellimgError(f"{kind}: {message}")
         elif isinstance(known, type) and issubclass(known, Exception):
-            try:
-                error = known(message)
-            except Exception:
-                error = RemoteError(f"{kind}: {message}")
+            error = _made_anew(known, response) or RemoteError(f"{kind}: {message}")
         else:
             error = RemoteError(f"{kind}: {message}")
         error.add_note(f"In {self.env!r}:\n{text}")
         return error
+
+
+def _made_anew(kind: Any, response: Message) -> Exception | None:
+    """Return a builtin error that says what it said there; None if that cannot be."""
+    message = response["message"]
+    # A KeyError shows what is missing in quotes.
+    for args in (response.get("args", [message]), [message]):
+        with suppress(Exception):
+            error: Exception = kind(*args)
+            if str(error) == message or args == [message]:
+                return error
+    return None

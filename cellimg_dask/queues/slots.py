@@ -35,8 +35,7 @@ class Slot:
         segment = self._segment
         if segment is None or segment.nbytes < nbytes:
             self.remove()
-            # A little more, since cells at the border and their halos differ in size.
-            segment = self._segment = Segment.create(None, nbytes + nbytes // 8)
+            segment = self._segment = _with_spare_room(nbytes)
         return segment
 
     def remove(self) -> None:
@@ -45,6 +44,14 @@ class Slot:
         if segment is not None:
             segment.unlink()
             segment.close()
+
+
+def _with_spare_room(nbytes: int) -> Segment:
+    try:
+        # A little more, since cells at the border and their halos differ in size.
+        return Segment.create(None, nbytes + nbytes // 8)
+    except MemoryError:
+        return Segment.create(None, nbytes)
 
 
 class Room:

@@ -384,6 +384,25 @@ def test_an_error_says_where_and_what(
     assert any("block_functions.py" in note for note in caught.value.__cause__.__notes__)
 
 
+def test_errors_with_several_parts_are_made_anew(queue: ci.BlockQueue) -> None:
+    def fails(a: Any, kind: str) -> Any:
+        if kind == "key":
+            return {}["nuclei"]
+        return np.load("/no/such/file") if kind == "file" else b"\xff".decode()
+
+    def cause(kind: str) -> Any:
+        image = ci.map_cells(fails, np.zeros(1), dtype=int, params={"kind": kind}, queue=queue)
+        with pytest.raises(ci.BlockError) as caught:
+            image[...]
+        return caught.value.__cause__
+
+    assert cause("key").args == ("nuclei",)
+    missing = cause("file")
+    assert isinstance(missing, FileNotFoundError)
+    assert str(missing) == "[Errno 2] No such file or directory: '/no/such/file'"
+    assert "can't decode byte 0xff" in str(cause("text"))
+
+
 def test_leaving_python_is_an_error_like_others(queue: ci.BlockQueue, file: str, data: Any) -> None:
     image = ci.map_cells(f"{file}:leave", data, dtype=np.uint8, queue=queue)
     with pytest.raises(ci.BlockError, match=r"SystemExit.*tired"):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import cellimg_dask as ci
-from cellimg_dask.bare.segments import place_of
-from cellimg_dask.queues.slots import Room
+from cellimg_dask.bare.segments import Segment, place_of
+from cellimg_dask.queues.slots import Room, Slot
 
 PROCESSES = pytest.mark.parametrize("backend", ["processes"], indirect=True)
 
@@ -120,6 +120,22 @@ def test_nobody_writes_into_what_is_only_read(make_queue: Any, share: Any, volum
     with pytest.raises(ci.BlockError, match="cannot set WRITEABLE flag"):
         image[...]
     np.testing.assert_array_equal(shared.array, volume)
+
+
+def test_what_just_fits_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Segment.create
+
+    def full(name: str | None, nbytes: int) -> Segment:
+        if nbytes > 1000:
+            raise MemoryError(f"no room for {nbytes} bytes")
+        return create(name, nbytes)
+
+    monkeypatch.setattr(Segment, "create", full)
+    slot = Slot()
+    assert slot.with_room(1000).nbytes >= 1000
+    with pytest.raises(MemoryError, match="no room for 1001 bytes"):
+        slot.with_room(1001)
+    slot.remove()
 
 
 def test_where_an_array_lies(share: Any, volume: Any) -> None:
