@@ -43,7 +43,10 @@ class EnvProgram:
         Description of what runs in it first.
     """
 
-    advice = "install what it needs in that environment, or name a function that is there"
+    advice = (
+        "install what it needs in that environment, write it for the Python there, or name a "
+        "function that is there"
+    )
 
     def __init__(self, env: Env, init: Mapping[str, Any] | None) -> None:
         self.env = env

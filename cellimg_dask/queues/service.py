@@ -189,6 +189,7 @@ class Service:
         # What a process sends after this was interrupted must not be taken for another reply.
         self._in_step = False
         patience = _Patience(timeout_s, wanted)
+        answering = False
         try:
             self._wire.send({**request, "task": number}, *attached)
             while True:
@@ -212,9 +213,15 @@ class Service:
                     break
                 else:
                     assert on_question is not None
+                    answering = True
                     answer = on_question(response)
+                    answering = False
                     self._wire.send({**answer, "requestType": kind, "task": number})
         except (EOFError, OSError):
+            if answering:
+                # Of this process, and not that the other one has ended.
+                self.kill()
+                raise
             raise self._how_it_ended() from None
         except BaseException:
             self.kill()

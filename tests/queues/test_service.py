@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Mapping
@@ -22,13 +23,27 @@ os._exit(3)
 """
 
 
-class Breaks:
-    """Ends in the middle of a message."""
+ASKS = """
+import sys
+print('{"responseType":"LAUNCH"}', flush=True)
+sys.stdin.readline()
+print('{"task": 0, "responseType": "COMPLETION"}', flush=True)
+sys.stdin.readline()
+print('{"task": 1, "responseType": "ROOM", "nbytes": 1}', flush=True)
+sys.stdin.read()
+"""
+
+
+class Does:
+    """Does what it likes."""
 
     advice = ""
 
+    def __init__(self, program: str) -> None:
+        self._program = program
+
     def command(self) -> list[str]:
-        return [sys.executable, "-c", WORKER]
+        return [sys.executable, "-c", self._program]
 
     def variables(self) -> Mapping[str, str] | None:
         return None
@@ -41,9 +56,22 @@ class Breaks:
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_message() -> None:
-    service = Service(Breaks())
+    service = Service(Does(WORKER))
     service.ensure()
     with pytest.raises(DiedError, match="exit status 3") as caught:
         service.ask({"requestType": "EXECUTE"})
     assert caught.value.exit_code == 3
     service.end()
+
+
+def test_an_error_of_whoever_answers_is_not_the_worker_s_death() -> None:
+    def full(question: Message) -> Message:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    service = Service(Does(ASKS))
+    service.ensure()
+    with pytest.raises(OSError, match="too many open files"):
+        service.ask({"requestType": "EXECUTE"}, on_question=full)
+    # What it would say next is not waited for.
+    service.end()
+    assert service.pid is None
