@@ -35,9 +35,15 @@ def large(lab: Lab) -> Iterator[Line]:
     (found,) = lab.measure({f"{mib} MiB": ("one_large_block", {"mib": mib})}).values()
     floor = column(found, "floor")
     yield Line("c", f"{mib} MiB, copied twice in this process (floor)", "ms", floor)
-    for name, title in (("block", "cellimg: block there and back"), ("pickle", "pickle, pipe")):
+    titles = {
+        "block": "cellimg: block there and back",
+        "attached": "cellimg: block of a shared array",
+        "pickle": "pickle, pipe",
+    }
+    for name, title in titles.items():
         yield Line("c", title, "ms", column(found, name))
     yield Line("c", "  cellimg / floor", "×", ratios(column(found, "block"), floor), 3.0)
+    yield Line("c", "  of a shared array / floor", "×", ratios(column(found, "attached"), floor))
     yield Line("c", "  pickle / floor", "×", ratios(column(found, "pickle"), floor))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -88,8 +89,12 @@ def one_large_block(mib: int) -> dict[str, Any]:
     between, out = np.zeros_like(data), np.zeros_like(data)
     with ExitStack() as stack:
         queue = stack.enter_context(ci.BlockQueue(1, env=ci.Env.current()))
-        image = ci.map_cells(
-            same, data, dtype=np.uint8, cell_shape=data.shape, queue=queue, cache=None
+        shared = stack.enter_context(ci.shared.put(f"cellimg-benchmark-{os.getpid()}", data))
+        image, of_shared = (
+            ci.map_cells(
+                same, array, dtype=np.uint8, cell_shape=data.shape, queue=queue, cache=None
+            )
+            for array in (data, shared)
         )
         pipe = stack.enter_context(
             subprocess.Popen(
@@ -104,7 +109,10 @@ def one_large_block(mib: int) -> dict[str, Any]:
             out[...] = between
 
         def block() -> None:
-            image.request(np.s_[:]).write_into(out)
+            image.read_into(out)
+
+        def attached() -> None:
+            of_shared.read_into(out)
 
         def pickled() -> None:
             assert pipe.stdin is not None
@@ -113,7 +121,7 @@ def one_large_block(mib: int) -> dict[str, Any]:
             pipe.stdin.flush()
             out[...] = pickle.load(pipe.stdout)
 
-        methods = {"floor": floor, "block": block, "pickle": pickled}
+        methods = {"floor": floor, "block": block, "attached": attached, "pickle": pickled}
         seconds: dict[str, list[float]] = {name: [] for name in methods}
         for turn in range(_ROUNDS + 2):
             for name, method in methods.items():

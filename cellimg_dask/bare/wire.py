@@ -10,6 +10,7 @@ import json
 import os
 import select
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -22,7 +23,29 @@ Message = dict[str, Any]
 _AT_ONCE = 1 << 16
 _LAUNCH = b'{"responseType":"LAUNCH"}'
 
-_as_text = json.JSONEncoder(separators=(",", ":")).encode
+_encoder = json.JSONEncoder(separators=(",", ":"))
+
+
+def _as_text_of(make: Any) -> Callable[[Message], str]:
+    """Return what makes text of a message."""
+    if make is None:
+        return _encoder.encode
+    # The encoder makes one of these for each message, which takes as long as to use it.
+    quick = make(
+        None,
+        _encoder.default,
+        json.encoder.encode_basestring_ascii,
+        None,
+        ":",
+        ",",
+        False,
+        False,
+        True,
+    )
+    return lambda message: "".join(quick(message, 0))
+
+
+_as_text = _as_text_of(getattr(json.encoder, "c_make_encoder", None))
 
 
 class Wire:
@@ -91,7 +114,8 @@ class Wire:
             line = bytes(self._read[:end]).strip()
             del self._read[: end + 1]
         try:
-            message = json.loads(line)
+            # Of bytes the encoding would be guessed first.
+            message = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"a line is no JSON ({error}): {_shown(line)}") from None
         if not isinstance(message, dict):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -82,7 +82,7 @@ class EnvBlocks:
         function = self._bound.get(job)
         if function is None:
             function = self._bound[job] = job.function.bound(self._bind)
-        with self._calls.of(self._workers, function, job, plan):
+        with _Call(self._calls, self._workers, function, job, plan):
             result = function.apply(plan, inputs, job.params, job.dtype, out)
             if result is out or function.fresh:
                 return result
@@ -133,51 +133,48 @@ def shipped(function: BlockFunction) -> BlockFunction:
     return function.bound(pack)
 
 
-@dataclass
-class _Call:
-    """The block that a thread computes."""
-
-    workers: WorkerPool
-    function: BlockFunction
-    job: BlockJob
-    plan: CellPlan
-    until_done: ExitStack
-    slot: Slot | None = None
-    """The one that was lent for this block."""
-
-
 class _Calls(threading.local):
     """The blocks that a thread computes, one inside the other."""
 
     def __init__(self) -> None:
-        self._stack: list[_Call] = []
+        self.stack: list[_Call] = []
 
-    @contextmanager
-    def of(
-        self, workers: WorkerPool, function: BlockFunction, job: BlockJob, plan: CellPlan
-    ) -> Iterator[None]:
-        """Compute a block."""
-        with ExitStack() as until_done:
-            self._stack.append(_Call(workers, function, job, plan, until_done))
-            try:
-                yield
-            finally:
-                self._stack.pop()
 
-    def latest(self) -> _Call:
-        """Return the innermost."""
-        return self._stack[-1]
+class _Call:
+    """A block that a thread computes, while it is entered."""
+
+    def __init__(
+        self,
+        calls: _Calls,
+        workers: WorkerPool,
+        function: BlockFunction,
+        job: BlockJob,
+        plan: CellPlan,
+    ) -> None:
+        self._stack = calls.stack
+        self.workers = workers
+        self.function = function
+        self.job = job
+        self.plan = plan
+        self._until_done: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        self._stack.append(self)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.pop()
+        if self._until_done is not None:
+            self._until_done.__exit__(*exc)
 
     def slot(self) -> Slot:
         """Return a place in shared memory that is this block's until it is done."""
-        call = self.latest()
-        if call.slot is None:
-            call.slot = call.until_done.enter_context(call.workers.slot())
-            return call.slot
+        if self._until_done is None:
+            self._until_done = ExitStack()
+            return self._until_done.enter_context(self.workers.slot())
         # What the block has already computed lies in the other one. To wait for a second might be
         # to wait for oneself.
         more = Slot()
-        call.until_done.callback(more.remove)
+        self._until_done.callback(more.remove)
         return more
 
 
@@ -196,8 +193,8 @@ class RemoteFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function returns there."""
-        trip = _Trip(self, self.calls.slot(), args, kwargs)
-        call = self.calls.latest()
+        call = self.calls.stack[-1]
+        trip = _Trip(call.slot(), args, kwargs)
         errand = Errand(
             call.job.function.name,
             call.plan,
@@ -224,9 +221,7 @@ class RemoteFunction:
 class _Trip:
     """The arguments of one call on their way, and the result on its way back."""
 
-    def __init__(
-        self, function: RemoteFunction, slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._room = Room(slot)
         self._data: Any = None
         self.room_wanted = 0

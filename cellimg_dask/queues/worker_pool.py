@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
+from types import TracebackType
 from typing import TypeAlias
 
 from cellimg_dask.bare.wire import Message
@@ -40,7 +41,7 @@ Parcel: TypeAlias = tuple[Message, tuple[bytes, ...]]
 """A request, and what goes with it."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Errand:
     """Something for a worker to do for a block."""
 
@@ -115,25 +116,15 @@ class WorkerPool:
                     service.stop()
                 raise
 
-    @contextmanager
-    def slot(self) -> Iterator[Slot]:
+    def slot(self) -> AbstractContextManager[Slot]:
         """Lend a place in shared memory.
 
         Raises
         ------
         QueueClosedError
-            If the pool is closed, also while waiting.
+            On entering, if the pool is closed, also while waiting.
         """
-        slots = self._urgent_slots if priority.get() <= INTERACTIVE else self._slots
-        with slots.lend() as slot:
-            try:
-                yield slot
-            except Exception:
-                raise
-            except BaseException:
-                # Interrupted: a worker that is about to be killed may still write there.
-                slot.remove()
-                raise
+        return _Lent(self._urgent_slots if priority.get() <= INTERACTIVE else self._slots)
 
     def do(self, errand: Errand) -> tuple[Message, list[bytes]]:
         """Have an errand done by a worker, and return its response.
@@ -257,6 +248,30 @@ class WorkerPool:
     def pids(self) -> list[int]:
         """Process ids of the workers that are alive."""
         return [service.pid for service in self._services if service.pid]
+
+
+class _Lent:
+    """A slot that is lent for a while."""
+
+    __slots__ = ("_loan", "_slot")
+
+    def __init__(self, slots: Pool[Slot]) -> None:
+        self._loan = slots.lend()
+
+    def __enter__(self) -> Slot:
+        self._slot = self._loan.__enter__()
+        return self._slot
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            # Interrupted: a worker that is about to be killed may still write there.
+            self._slot.remove()
+        self._loan.__exit__(kind, error, trace)
 
 
 class _Lessons:
