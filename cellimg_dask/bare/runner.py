@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -95,4 +96,6 @@ class Runner(Runtime):
 
 def main() -> None:
     """Serve the process that started this one."""
+    if tuple(map(int, np.__version__.split(".")[:2])) < (1, 20):
+        sys.exit("NumPy is too old")
     serve(Runner())

@@ -20,7 +20,8 @@ __all__ = ["EnvProgram", "bare_options"]
 # one. Modules in the working directory must not stand before those of the environment, nor Python's
 # own.
 _BARE = (
-    "import sys; sys.path[:] = [path for path in sys.path if path]; "
+    "import sys; sys.version_info >= (3, 9) or sys.exit('Python is too old'); "
+    "sys.path[:] = [path for path in sys.path if path]; "
     "import types; package = types.ModuleType('cellimg_worker'); package.__path__ = [sys.argv[1]]; "
     "sys.modules['cellimg_worker'] = package; "
     "from cellimg_worker.{} import main; main()"
@@ -54,11 +55,16 @@ class EnvProgram:
 
     def command(self) -> list[str]:
         """Return what starts the environment's Python; see `Program`."""
-        return [*self.env.command(), *bare_options("runner")]
+        # Workers refuse what cannot be used, and only then it is worth another start to say why.
+        return [*self.env.command(checked=False), *bare_options("runner")]
 
     def variables(self) -> Mapping[str, str] | None:
         """Return the environment's own, and of this process' those that do no harm there."""
         return self.env.variables()
+
+    def explain(self) -> None:
+        """Raise what is wrong with the environment, if anything is; see `Program`."""
+        self.env.facts()
 
     def greeting(self) -> tuple[Message, tuple[bytes, ...]]:
         """Return the first request; see `Program`."""

@@ -265,15 +265,21 @@ class Env:
 
     # ------------------------------------------------------------------ use
 
-    def command(self) -> list[str]:
+    def command(self, *, checked: bool = True) -> list[str]:
         """Return the words that start its Python; what does not exist yet is made.
+
+        Parameters
+        ----------
+        checked : bool
+            Whether to look first, by starting it, if it is one that can be used.
 
         Raises
         ------
         EnvError
             If it cannot be made, or is no Python 3.9 or later with NumPy.
         """
-        self.facts()
+        if checked:
+            self.facts()
         return list(self._built().command)
 
     def variables(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -50,6 +50,9 @@ class PickledProgram:
         """Return None: those of this process; see `Program`."""
         return None
 
+    def explain(self) -> None:
+        """Do nothing: it is the Python that runs here; see `Program`."""
+
     def greeting(self) -> tuple[Message, tuple[bytes, ...]]:
         """Return the first request; see `Program`."""
         return {"requestType": "INIT"}, (self._init,)

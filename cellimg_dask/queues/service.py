@@ -62,6 +62,10 @@ class Program(Protocol):
         """Return its environment variables; None: those of this process."""
         ...
 
+    def explain(self) -> None:
+        """Raise why it cannot be started, if that is known to be so."""
+        ...
+
     def greeting(self) -> tuple[Message, tuple[bytes, ...]]:
         """Return the request that runs ``init``, and what is attached."""
         ...
@@ -111,7 +115,11 @@ class Service:
             self.end()
         greeting, attached = self._program.greeting()
         try:
-            self._start()
+            try:
+                self._start()
+            except (DiedError, OSError):
+                self._program.explain()
+                raise
             self.ask(greeting, *attached)
         except DiedError as error:
             said = f"; it wrote:\n{error.stderr}" if error.stderr else ""

@@ -45,6 +45,9 @@ class Does:
     def command(self) -> list[str]:
         return [sys.executable, "-c", self._program]
 
+    def explain(self) -> None:
+        pass
+
     def variables(self) -> Mapping[str, str] | None:
         return None
 
