@@ -153,7 +153,11 @@ class ClusterCells:
         """Return the workers that have what cells need."""
         if self.client.status != "running":
             return {}
-        info = self.client.scheduler_info(n_workers=-1).get("workers", {})
+        try:
+            info = self.client.scheduler_info(n_workers=-1).get("workers", {})
+        except OSError:
+            # It went away this moment.
+            return {}
         return {
             address: worker
             for address, worker in info.items()

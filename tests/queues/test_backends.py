@@ -1314,7 +1314,7 @@ def closed_under_way(
 def crashing(make_queue: Make, backend: str, **_: Any) -> None:
     if backend != "processes":
         return
-    with make_queue(1) as queue:
+    with make_queue(1, crash_retries=0) as queue:
         with pytest.raises(ci.WorkerDiedError):
             numbers(queue, 1, lambda block: os._exit(1))[...]
         np.testing.assert_array_equal(numbers(queue)[...], range(4))

@@ -1433,7 +1433,22 @@ def test_the_scheduler_gone(make_client: Any, make_queue: Any, gate: Any, begin:
     gate.open()
     for trial in (read, begin(lambda: image[...])):
         with pytest.raises(ci.NoWorkersError, match="scheduler at tcp://127"):
-            trial.result(PATIENCE_S)
+            # Who asks it something at this very moment waits as long as distributed tries, 30 s.
+            trial.result(3 * PATIENCE_S)
+    assert queue.num_workers == 0
+
+
+def test_a_scheduler_that_goes_while_it_is_asked(
+    make_client: Any, make_queue: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(1)
+    queue = make_queue(client)
+    assert queue.num_workers == 1
+
+    def gone(**options: Any) -> Any:
+        raise OSError("Timed out trying to connect")
+
+    monkeypatch.setattr(client, "scheduler_info", gone)
     assert queue.num_workers == 0
 
 
