@@ -31,7 +31,7 @@ import numpy as np
 from . import compiled
 from .naming import attribute_of, file_state, here, import_file, import_module, search_in
 
-__all__ = ["Functions", "Held", "InitError", "bind", "wants_task"]
+__all__ = ["Functions", "Held", "InitError", "bind", "names_bound_by", "wants_task"]
 
 _MUCH_LITTER = 1 << 20
 
@@ -181,23 +181,9 @@ class Functions:
         self._litter += size
 
     def _run(self, init: Mapping[str, Any] | None) -> None:
-        if init is None:
-            return
-        if "code" in init:
-            space: dict[str, Any] = {"__name__": "__worker__"}
-            exec(_compiled(_text(init, "code"), "BlockQueue init"), space)
-            self.namespace = {k: v for k, v in space.items() if not k.startswith("__")}
-            return
-        function = self.load(init)
-        result = function()
-        if isinstance(function, FunctionType):
-            self.namespace = {
-                name: function.__globals__[name]
-                for name in compiled.globals_stored(function.__code__)
-                if name in function.__globals__
-            }
-        if isinstance(result, Mapping):
-            self.namespace.update(result)
+        if init is not None:
+            code = _text(init, "code") if "code" in init else self.load(init)
+            self.namespace = names_bound_by(code)
 
     def space(self, code: str, init: str | None) -> dict[str, Any]:
         """Return the namespace of a code, the same for all blocks; its ``init`` has run in it."""
@@ -292,6 +278,29 @@ class _WithModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(self._model.get(), *args, **kwargs)
+
+
+def names_bound_by(init: str | Callable[[], Any]) -> dict[str, Any]:
+    """Run what prepares a worker, and return the names that are the worker's then.
+
+    Those that code binds; of a function those that it declares ``global``, and those in the
+    mapping that it returns, if any.
+    """
+    if isinstance(init, str):
+        space: dict[str, Any] = {"__name__": "__worker__"}
+        exec(_compiled(init, "BlockQueue init"), space)
+        return {name: value for name, value in space.items() if not name.startswith("__")}
+    result = init()
+    names: dict[str, Any] = {}
+    if isinstance(init, FunctionType):
+        names = {
+            name: init.__globals__[name]
+            for name in compiled.globals_stored(init.__code__)
+            if name in init.__globals__
+        }
+    if isinstance(result, Mapping):
+        names.update(result)
+    return names
 
 
 def wants_task(function: Any) -> bool:

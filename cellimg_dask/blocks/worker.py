@@ -5,14 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.bare import compiled
-from cellimg_dask.bare.functions import bind
+from cellimg_dask.bare.functions import bind, names_bound_by
 from cellimg_dask.blocks.errors import InitError, describe
 from cellimg_dask.blocks.functions import BlockFunction, current_worker, working_as
 from cellimg_dask.blocks.plan import CellPlan, Planner
@@ -71,31 +69,14 @@ class Worker:
             weakref.WeakKeyDictionary()
         )
         try:
-            with working_as(self):
-                self._run(init)
+            if init is not None:
+                with working_as(self):
+                    self.namespace = names_bound_by(init)
         except (Exception, SystemExit) as error:
             raise InitError(
                 f"init of the queue failed with {describe(error)}; no block runs on this worker"
                 + (f":\n{init}" if isinstance(init, str) else "")
             ) from error
-
-    def _run(self, init: Init) -> None:
-        if init is None:
-            return
-        if isinstance(init, str):
-            space: dict[str, Any] = {"__name__": "__worker__"}
-            exec(compile(init, "<BlockQueue init>", "exec"), space)
-            self.namespace = {k: v for k, v in space.items() if not k.startswith("__")}
-            return
-        result = init()
-        if isinstance(init, FunctionType):
-            self.namespace = {
-                name: init.__globals__[name]
-                for name in compiled.globals_stored(init.__code__)
-                if name in init.__globals__
-            }
-        if isinstance(result, Mapping):
-            self.namespace.update(result)
 
     def apply(
         self,
