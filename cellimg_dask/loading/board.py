@@ -39,6 +39,8 @@ JobState: TypeAlias = Literal["pending", "running", "done", "failed", "cancelled
 _GATHER_AT_ONCE = 4096
 # So many cells of a large job are put up at a time.
 _PORTION = 256
+# A cell that ends as if nobody wanted it, though somebody does, is not tried for ever.
+_MOST_TRIES = 10
 
 _Part: TypeAlias = tuple[int, tuple[slice, ...], tuple[slice, ...]]
 _Place: TypeAlias = tuple[tuple[slice, ...], tuple[slice, ...]]
@@ -227,13 +229,14 @@ class _Run:
             return self.context.run(_attempt, self.loader, self.index, self.bypass, flight)
         self.context.run(wanted.set, self.is_wanted)
         try:
-            while True:
+            for _ in range(_MOST_TRIES):
                 value, error = self.context.run(
                     _attempt, self.loader, self.index, self.bypass, flight
                 )
                 # It ended because nobody wanted it, and then somebody did.
                 if not (isinstance(error, CancelledError) and self.is_wanted()):
-                    return value, error
+                    break
+            return value, error
         finally:
             self.context.run(wanted.set, None)
 

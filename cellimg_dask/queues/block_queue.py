@@ -89,9 +89,10 @@ class BlockQueue:
     Notes
     -----
     Thread-safe. A block function that itself reads images of the same queue is served by the
-    worker that it runs on, so nested reads end. On processes and clusters a crash of a worker is
-    a `WorkerDiedError` for the cell that it was computing. With processes, arrays given to a
-    block are memory that is used again afterwards: copy what is to be kept.
+    worker that it runs on, so nested reads end. A crash of a worker is a `WorkerDiedError`
+    for the cell that it was computing, with processes after ``crash_retries`` more tries. With
+    processes, arrays given to a block are memory that is used again afterwards: copy what is to
+    be kept.
 
     Examples
     --------
@@ -160,6 +161,8 @@ class BlockQueue:
 
             if env is None and block_timeout_s is not None:
                 raise TypeError("block_timeout_s is for processes; a cluster's blocks have none")
+            if on_update is not None:
+                raise TypeError("on_update is for threads and processes of this machine")
             self.backend = "distributed"
             self._cluster = ClusterCells(
                 backend,
@@ -214,7 +217,7 @@ class BlockQueue:
 
     @property
     def token(self) -> str:
-        """What results depend on: the same for the same ``init``."""
+        """What results depend on: the same for the same ``init`` and content of ``env``."""
         if self._token is None:
             from dask.base import tokenize
 
@@ -243,7 +246,7 @@ class BlockQueue:
             return Arrived(self.token, self.init)
         from cellimg_dask.queues.env_here import ArrivedEnv
 
-        # What is said there would have to come back.
+        # What is said there has no way back to a listener here.
         rules = replace(self._rules, on_update=None)
         return ArrivedEnv(self.token, self._shipped_init, self.env, rules)
 

@@ -107,12 +107,15 @@ class _Entry:
         self._lock = threading.Lock()
         self._made: EnvBlocks | None = None
         self._error: str | None = None
+        self._closed = False
         self.users = 0
         """How many workers of a cluster are in this process."""
 
     def blocks(self, make: Callable[[], EnvBlocks], again: bool) -> EnvBlocks:
         if self._made is None:
             with self._lock:
+                if self._closed:
+                    raise QueueClosedError("the queue was closed; make a new BlockQueue")
                 if self._error is not None and not again:
                     raise InitError(self._error)
                 if self._made is None:
@@ -125,6 +128,7 @@ class _Entry:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             made, self._made = self._made, None
         if made is not None:
             made.close(0)

@@ -104,7 +104,3 @@ def _packed(value: Any, name: str) -> bytes:
 def main() -> None:
     """Serve the process that started this one."""
     serve(PickledRunner())
-
-
-if __name__ == "__main__":
-    main()

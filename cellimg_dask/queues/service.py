@@ -14,15 +14,18 @@ from math import inf
 from time import monotonic
 from typing import Protocol
 
+from cellimg_dask.bare.task import TaskCancelledError
 from cellimg_dask.bare.wire import Message, Wire
 from cellimg_dask.blocks.errors import InitError
 
-__all__ = ["CancelledTaskError", "DiedError", "LateError", "Program", "Service", "StillbornError"]
+__all__ = ["DiedError", "LateError", "Program", "Service", "StillbornError"]
 
 # So often somebody who waits for a worker looks whether the result is still wanted.
 _LOOK_S = 0.2
 _TAIL_BYTES = 4096
 _TAIL_LINES = 20
+# A task says nothing after these.
+_LAST = ("COMPLETION", "FAILURE", "CANCELATION")
 
 
 class DiedError(Exception):
@@ -42,10 +45,6 @@ class StillbornError(InitError):
 
 class LateError(Exception):
     """A worker did not answer in time, and was killed."""
-
-
-class CancelledTaskError(Exception):
-    """A task ended early because it was told that nobody wants its result."""
 
 
 class Program(Protocol):
@@ -189,7 +188,7 @@ class Service:
             If the process ended.
         LateError
             If it was killed after ``timeout_s``.
-        CancelledTaskError
+        TaskCancelledError
             If the task ended because it was told that nobody wants it.
         """
         assert self._wire is not None
@@ -202,7 +201,7 @@ class Service:
             self._wire.send({**request, "task": number}, *attached)
             while True:
                 received = self._receive(patience.wait_s())
-                if patience.is_over():
+                if patience.is_over() and not _is_last(received):
                     self.kill()
                     raise LateError
                 if patience.wants_no_more():
@@ -217,7 +216,7 @@ class Service:
                 if kind == "UPDATE":
                     if on_update is not None:
                         on_update(response)
-                elif kind in ("COMPLETION", "FAILURE", "CANCELATION"):
+                elif kind in _LAST:
                     break
                 else:
                     assert on_question is not None
@@ -236,7 +235,7 @@ class Service:
             raise
         self._in_step = True
         if kind == "CANCELATION":
-            raise CancelledTaskError
+            raise TaskCancelledError("nobody wants this cell any more")
         if kind == "FAILURE":
             raise self._program.error(response, parts, request["requestType"])
         return response, parts
@@ -280,7 +279,9 @@ class Service:
         if wire is not None:
             wire.abandon()
             wire.close()
-        self._stderr.abandon()
+        _, wake = self._stderr.abandon()
+        if wake >= 0:
+            os.close(wake)
 
     def hang_up(self) -> None:
         """Close the pipes, upon which the process ends."""
@@ -337,6 +338,11 @@ class _Patience:
         self._wanted = None
         self._next_look = inf
         return True
+
+
+def _is_last(received: tuple[Message, list[bytes]] | None) -> bool:
+    """Whether a task has ended, perhaps while others of its messages were dealt with."""
+    return received is not None and received[0]["responseType"] in _LAST
 
 
 def _ending(code: int) -> str:
@@ -408,6 +414,9 @@ class _Stderr:
         """Take what is still to be read, and end."""
         reader, wake = self.abandon()
         if reader is not None:
+            # Not only closed: a process that was forked from this one may have it, too.
+            with suppress(OSError):
+                os.write(wake, b".")
             os.close(wake)
             reader.join()
 

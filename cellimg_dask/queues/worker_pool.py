@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
@@ -26,7 +26,6 @@ from cellimg_dask.loading.running import tries_again, wanted
 from cellimg_dask.queues.pool import Pool
 from cellimg_dask.queues.rules import Rules
 from cellimg_dask.queues.service import (
-    CancelledTaskError,
     DiedError,
     LateError,
     Program,
@@ -139,7 +138,7 @@ class WorkerPool:
             If the pool is closed.
         InitError
             If ``init`` raises in a process that was started anew.
-        CancelledError
+        TaskCancelledError
             If the block ended because nobody wants its cell any more.
         Exception
             What the function raises, as `Program.error` gives it.
@@ -158,10 +157,6 @@ class WorkerPool:
                         f"took more than {self.rules.block_timeout_s:g} s, and its worker process "
                         f"was killed; the next block gets a new one",
                     ) from None
-                except CancelledTaskError:
-                    still_wanted = wanted.get()
-                    if still_wanted is None or not still_wanted():
-                        raise CancelledError("nobody wants this cell any more") from None
                 except (DiedError, InitError) as error:
                     if self._pool.closed:
                         raise QueueClosedError("the queue was closed during this block") from None

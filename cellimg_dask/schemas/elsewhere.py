@@ -15,6 +15,8 @@ _PROGRAM = """
 import sys
 if sys.version_info < (3, 9):
     sys.exit("Python %d.%d is too old: 3.9 or newer is needed" % sys.version_info[:2])
+# As for workers: modules in the working directory do not stand before those of the environment.
+sys.path[:] = [path for path in sys.path if path]
 try:
     import numpy
 except ImportError as error:
@@ -101,4 +103,6 @@ def described_in(env: Environment, function: Mapping[str, Any], timeout_s: float
         described: dict[str, Any] = content["described"]
         return described
     kind = next((_KINDS[name] for name in failed["kinds"] if name in _KINDS), RuntimeError)
-    raise kind(f"{failed['message']} (in {command[0]})")
+    error = kind(f"{failed['message']} (in {command[0]})")
+    error.add_note(f"In {command[0]}:\n{failed['traceback']}")
+    raise error

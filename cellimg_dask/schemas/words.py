@@ -27,16 +27,12 @@ def words(schema: Mapping[str, Any], *, many: bool = False) -> str:
     many : bool
         Whether several are meant: ``"numbers above 0"``.
     """
-    if "const" in schema:
-        return value_words(schema["const"])
     if "enum" in schema:
         values = [value_words(value) for value in schema["enum"]]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     if "anyOf" in schema:
         return " or ".join(words(part, many=many) for part in schema["anyOf"])
     kind = schema.get("type")
-    if isinstance(kind, list):
-        return words({"anyOf": [{**schema, "type": part} for part in kind]}, many=many)
     if "x-array" in schema:
         return array_words(schema["x-array"], many=many)
     if kind == "array":

@@ -1383,6 +1383,7 @@ def test_nothing_is_left_however_often(
         ({"backend": "processes", "block_timeout_s": 0}, ValueError, "more than 0"),
         ({"backend": "processes", "block_timeout_s": "1"}, TypeError, "seconds"),
         ({"crash_retries": -1}, ValueError, "crash_retries"),
+        ({"backend": "tcp://127.0.0.1:9", "on_update": print}, TypeError, "on_update is for"),
         ({"on_update": 3}, TypeError, "on_update must be callable, got int"),
         ({"env": "/opt/venv"}, TypeError, r"env must be an Env, got str"),
         ({"max_bytes": 1}, TypeError, "max_bytes is for clusters"),

@@ -118,6 +118,17 @@ def steps(a, task, mark=None):
         time.sleep(0.01)
     return a
 
+def late(a, task, mark, door):
+    if os.path.exists(mark):
+        return a
+    task.update("begun")
+    while not task.cancelled:
+        time.sleep(0.01)
+    open(mark, "w").close()
+    while not os.path.exists(door):
+        time.sleep(0.01)
+    task.raise_if_cancelled()
+
 def reports(a, task=None):
     task.update("begun", 0, 2)
     task.update(current=2, maximum=2, info={"voxels": int(a.size)})
@@ -602,6 +613,28 @@ def test_a_block_that_nobody_wants_any_more_ends(
     assert queue.blocks.pids == pids
 
 
+def test_a_block_that_is_wanted_again_while_it_ends(
+    make: Any, file: str, data: Any, tmp_path: Path
+) -> None:
+    begun = threading.Event()
+    queue = make(on_update=lambda update: begun.set())
+    mark, door = tmp_path / "mark", tmp_path / "door"
+    image = ci.map_cells(
+        f"{file}:late",
+        data,
+        dtype=np.uint8,
+        params={"mark": str(mark), "door": str(door)},
+        queue=queue,
+    )
+    first = image.request(np.s_[:])
+    assert begun.wait(PATIENCE_S)
+    first.cancel()
+    until(mark.exists)
+    second = image.request(np.s_[:])
+    door.touch()
+    np.testing.assert_array_equal(begin(second.result).result(PATIENCE_S), data)
+
+
 # ---------------------------------------------------------------------------- many
 
 
@@ -620,13 +653,15 @@ def test_workers_that_are_killed_all_the_time(
     assert number_of_blocks == 200
 
     out = np.zeros(volume.shape)
-    deaths = 0
+    killed = set()
     for index in range(number_of_blocks):
         if index % 20 == 10:
-            os.kill(queue.blocks.pids[-1], signal.SIGKILL)
-            deaths += 1
+            pid = queue.blocks.pids[-1]
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
         out[image.grid.cell(index).roi.slices] = image.load(index)
-    assert deaths == 10
+    # Each was another one, in the place of one before.
+    assert len(killed) == 10
     here = ci.map_cells(f"{file}:smooth", volume, dtype=float, halo=2, cell_shape=(4, 20, 20))
     np.testing.assert_array_equal(out, here[...])
     queue.close()
@@ -740,6 +775,7 @@ def test_workers_of_a_cluster_have_workers_there(
         code = ci.BlockCode("block.data[...] = block.inputs[0] > threshold")
         mask = ci.fill_cells(code, ci.CellGrid((120, 120), 40), image, dtype=bool, queue=queue)
         np.testing.assert_array_equal(mask.to_dask().compute(), image > 7)
+        pids |= set(gathered[...].tolist())
     # They end with the queue.
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 

@@ -464,9 +464,9 @@ def test_a_worker_process_lets_go_of_segments_that_are_gone() -> None:
         assert attached.get(segment.name).name == segment.name
     segments[0].unlink()
     assert attached.get(segments[1].name) is attached.get(segments[1].name)
-    assert len(attached) == 2
+    assert set(attached._attached) == {segment.name for segment in segments[:2]}
     attached.get(segments[2].name)
-    assert len(attached) == 2
+    assert set(attached._attached) == {segment.name for segment in segments[1:]}
     for segment in segments:
         segment.unlink()
         segment.close()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
+import threading
 from collections.abc import Mapping
 
 import pytest
+from support import in_time
 
 from cellimg_dask.bare.wire import Message
-from cellimg_dask.queues.service import DiedError, Service
+from cellimg_dask.queues.service import DiedError, Service, _Stderr
 
 WORKER = """
 import json, os, sys
@@ -30,6 +33,18 @@ sys.stdin.readline()
 print('{"task": 0, "responseType": "COMPLETION"}', flush=True)
 sys.stdin.readline()
 print('{"task": 1, "responseType": "ROOM", "nbytes": 1}', flush=True)
+sys.stdin.read()
+"""
+
+
+SAYS = """
+import sys
+print('{"responseType":"LAUNCH"}', flush=True)
+sys.stdin.readline()
+print('{"task": 0, "responseType": "COMPLETION"}', flush=True)
+sys.stdin.readline()
+print('{"task": 1, "responseType": "UPDATE"}')
+print('{"task": 1, "responseType": "COMPLETION"}', flush=True)
 sys.stdin.read()
 """
 
@@ -78,3 +93,35 @@ def test_an_error_of_whoever_answers_is_not_the_worker_s_death() -> None:
     # What it would say next is not waited for.
     service.end()
     assert service.pid is None
+
+
+def test_what_came_in_time_counts_though_a_listener_took_longer() -> None:
+    service = Service(Does(SAYS))
+    service.ensure()
+    slow = threading.Event()
+    response, _ = service.ask(
+        {"requestType": "EXECUTE"}, timeout_s=2, on_update=lambda said: slow.wait(2.1) or None
+    )
+    assert response["responseType"] == "COMPLETION"
+    service.end()
+
+
+def test_standard_error_is_let_go_though_others_hold_both_ends() -> None:
+    stderr = _Stderr()
+    with stderr.writer() as sink:
+        assert sink is not None
+        held = os.dup(sink)
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # It has all that this process had open.
+        os.close(there)
+        os.read(here, 1)
+        os._exit(0)
+    try:
+        in_time(stderr.close)
+    finally:
+        os.close(there)
+        os.waitpid(child, 0)
+        os.close(here)
+        os.close(held)

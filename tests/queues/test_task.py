@@ -13,6 +13,7 @@ import pytest
 from support import PATIENCE_S, begin, in_time, until
 
 import cellimg_dask as ci
+from cellimg_dask.bare.task import TaskCancelledError
 
 LOCAL = pytest.mark.parametrize("backend", ["threads", "processes"], indirect=True)
 
@@ -116,6 +117,22 @@ def test_a_block_that_somebody_else_wants_goes_on(
     first.cancel()
     gate.open()
     np.testing.assert_array_equal(begin(second.result).result(PATIENCE_S), [0, 1])
+
+
+@LOCAL
+def test_a_block_that_ends_unasked_is_not_tried_for_ever(
+    make_queue: Callable[..., ci.BlockQueue], log: Any
+) -> None:
+    add = log.add
+
+    def gives_up(a: Any) -> Any:
+        add("tried")
+        raise TaskCancelledError
+
+    image = ci.map_cells(gives_up, np.arange(3), dtype=int, queue=make_queue(1))
+    with pytest.raises(TaskCancelledError):
+        begin(image.request(np.s_[:]).result).result(PATIENCE_S)
+    assert 1 < len(log.lines()) < 100
 
 
 @LOCAL
