@@ -34,7 +34,7 @@ from cellimg_dask.blocks.errors import (
 from cellimg_dask.blocks.functions import BlockCode
 from cellimg_dask.blocks.named import NamedFunction
 from cellimg_dask.blocks.worker import Worker, get_worker
-from cellimg_dask.geometry import Cell, CellGrid, Halo, Roi
+from cellimg_dask.geometry import Cell, CellGrid, Halo, Roi, Space
 from cellimg_dask.image import shared
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import fill_cells, map_cells
@@ -103,6 +103,7 @@ __all__ = [
     "SaveError",
     "Source",
     "SourceChangedError",
+    "Space",
     "Statistics",
     "TargetInUseError",
     "Worker",

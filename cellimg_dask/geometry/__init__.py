@@ -5,6 +5,7 @@ from cellimg_dask.geometry.grid import Cell, CellGrid, CellRange
 from cellimg_dask.geometry.halo import Halo, HaloLike
 from cellimg_dask.geometry.integers import as_int, as_ints
 from cellimg_dask.geometry.roi import Roi, parse_index
+from cellimg_dask.geometry.space import Space
 from cellimg_dask.geometry.splits import SIDES, AxisSplit, StackSplit, as_overlap
 from cellimg_dask.geometry.tiles import IrregularGrid, TileGrid, tiles
 
@@ -20,6 +21,7 @@ __all__ = [
     "HaloLike",
     "IrregularGrid",
     "Roi",
+    "Space",
     "StackSplit",
     "TileGrid",
     "as_int",
