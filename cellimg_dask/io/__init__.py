@@ -1,0 +1,1 @@
+"""Images in files: opening, listing and writing them."""
