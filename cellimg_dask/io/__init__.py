@@ -1,0 +1,1 @@
+"""Floor 5: images in files and stores, opened and written."""
