@@ -51,6 +51,7 @@ PUBLIC = [
     "SaveError",
     "Source",
     "SourceChangedError",
+    "Space",
     "Statistics",
     "TargetInUseError",
     "Worker",

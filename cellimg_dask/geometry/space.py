@@ -246,7 +246,7 @@ def _per_axis(
             if name not in names:
                 raise ValueError(f"{what} names axis {name!r}; there is {', '.join(names)}")
         return [value.get(name, default) for name in names]
-    if isinstance(value, Set):
+    if isinstance(value, Set) or not isinstance(value, Iterable):
         raise TypeError(f"{what} must be in the order of axes, got {value!r}")
     given = list(value)
     if len(given) != ndim:

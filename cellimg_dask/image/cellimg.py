@@ -13,12 +13,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.errors import SourceChangedError
 from cellimg_dask.blocks.functions import ArrayFunction, BlockFunction
-from cellimg_dask.geometry import CellGrid, Roi, parse_index
+from cellimg_dask.geometry import CellGrid, Roi, Space, parse_index
 from cellimg_dask.image.describe import as_html, as_text
 from cellimg_dask.image.graph import Graph, graph_of
 from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.input import checked_fill
 from cellimg_dask.image.request import Request, request
+from cellimg_dask.image.space_of import Placed
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.memory import Room
 from cellimg_dask.loading.node import ImageNode
@@ -28,7 +29,10 @@ from cellimg_dask.loading.watch import Change
 from cellimg_dask.state.cache import CacheStats, memory_bytes
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import dask.array
+    import xarray
 
 __all__ = ["CellImg", "check_parameter", "image_arrived"]
 
@@ -39,7 +43,7 @@ _DASK_METHODS = frozenset(
 )
 
 
-class CellImg(Gridded, NDArrayOperatorsMixin):
+class CellImg(Gridded, Placed, NDArrayOperatorsMixin):
     """A lazy image: cells are computed when they are read, once, and kept in a cache.
 
     Made by `map_cells` and `fill_cells`. Reading (``image[...]``, ``numpy.asarray(image)``)
@@ -51,9 +55,10 @@ class CellImg(Gridded, NDArrayOperatorsMixin):
     Thread-safe, as far as the block function is.
     """
 
-    def __init__(self, node: ImageNode) -> None:
+    def __init__(self, node: ImageNode, space: Space | None = None) -> None:
         self.node = node
         """The image over all changes of what it reads."""
+        self._space = Space.of(node.grid.ndim) if space is None else space
 
     @property
     def loader(self) -> CellLoader:
@@ -72,6 +77,51 @@ class CellImg(Gridded, NDArrayOperatorsMixin):
     def dtype(self) -> np.dtype[Any]:
         """Data type, in native byte order."""
         return self.loader.dtype
+
+    @property
+    def space(self) -> Space:
+        """Where the voxels lie: that of what it was made from, or what `with_space` says."""
+        return self._space
+
+    def with_space(
+        self,
+        space: Space | None = None,
+        *,
+        axes: Any = None,
+        units: Any = None,
+        scale: Any = None,
+        translation: Any = None,
+    ) -> Self:
+        """Return the same image, cells and all, with something else said of where voxels lie.
+
+        Parameters
+        ----------
+        space : Space, optional
+            Default: the present one.
+        axes, units, scale, translation
+            What is to be replaced in it; as in `Space.of`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a value does not fit the image's axes.
+
+        Examples
+        --------
+        >>> import cellimg_dask as ci
+        >>> image = ci.map_cells(np.negative, np.zeros((4, 6)), cell_shape=2)
+        >>> image.with_space(axes="yx", units="um", scale=0.5).units
+        ('micrometer', 'micrometer')
+        """
+        base = self._space if space is None else space
+        if not isinstance(base, Space):
+            raise TypeError(f"space must be a Space, got {type(base).__name__}; see Space.of")
+        if base.ndim != self.ndim:
+            raise ValueError(f"a space of {base.ndim} axes for an image of {self.ndim}")
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._space = base.replace(axes, units, scale, translation)
+        return other
 
     def __bool__(self) -> bool:
         if self.size != 1:
@@ -286,7 +336,7 @@ class CellImg(Gridded, NDArrayOperatorsMixin):
         where that can be seen (zarr in a local folder, the store of a `Source`), not a wrong
         result.
         """
-        return CellImg(ImageNode(self.loader.pinned(), None))
+        return CellImg(ImageNode(self.loader.pinned(), None), self._space)
 
     def freeze(self, fill_value: Any = 0) -> None:
         """Show what is in memory now and compute nothing, until `thaw`.
@@ -396,6 +446,21 @@ class CellImg(Gridded, NDArrayOperatorsMixin):
 
     to_dask_array = to_dask  # The name that dask.array.asarray looks for.
 
+    def to_xarray(self, name: str | None = None) -> xarray.DataArray:
+        """Return the image as a lazy array of xarray, with dimensions and coordinates.
+
+        Axes without names get the last of t, c, z, y and x. Coordinates are given where scale,
+        translation or unit are known; units are their attribute ``units``.
+
+        Raises
+        ------
+        ImportError
+            If xarray is not installed.
+        """
+        from cellimg_dask.image.labelled import to_xarray
+
+        return to_xarray(self.to_dask(), self.space, name)
+
     def compute(self, **kwargs: Any) -> NDArray[Any]:
         """Compute the whole image with a dask scheduler; see `dask.compute`."""
         result: NDArray[Any] = self.to_dask().compute(**kwargs)
@@ -468,12 +533,12 @@ class CellImg(Gridded, NDArrayOperatorsMixin):
         return func(*_lazy(args), **_lazy(kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return image_arrived, (self.loader,)
+        return image_arrived, (self.loader, self._space)
 
 
-def image_arrived(loader: CellLoader) -> CellImg:
+def image_arrived(loader: CellLoader, space: Space | None = None) -> CellImg:
     """Return an image that was sent here: as it was then, whatever happens to its inputs."""
-    return CellImg(ImageNode(loader, [None] * len(loader.readers)))
+    return CellImg(ImageNode(loader, [None] * len(loader.readers)), space)
 
 
 def _check_parameter(function: BlockFunction, name: str) -> None:

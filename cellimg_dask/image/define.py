@@ -21,18 +21,27 @@ from cellimg_dask.blocks.functions import (
 from cellimg_dask.blocks.named import as_function, importable
 from cellimg_dask.blocks.plan import AxisLink, InputPlan, Planner
 from cellimg_dask.blocks.wrappers import function_name
-from cellimg_dask.geometry import CellGrid, Halo, HaloLike, as_int, as_ints, check_boundary
+from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Space, as_int, as_ints, check_boundary
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import Input, as_input, follow
 from cellimg_dask.image.source import Source
+from cellimg_dask.image.space_of import space_of
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.node import ImageNode, defining
 from cellimg_dask.loading.readers import Reader, make_reader
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache
 
-__all__ = ["as_axes", "common_shape", "fill_cells", "grid_of", "make_image", "map_cells"]
+__all__ = [
+    "as_axes",
+    "common_shape",
+    "common_space",
+    "fill_cells",
+    "grid_of",
+    "make_image",
+    "map_cells",
+]
 
 _DEFAULT_VOXELS_LOG2 = 20
 
@@ -176,7 +185,7 @@ def map_cells(
         cache,
         queue,
         version,
-    )
+    ).with_space(_mapped_space(plain, dropped, [factors[axis] for axis in kept], sorted(added)))
 
 
 def fill_cells(
@@ -262,7 +271,7 @@ def fill_cells(
         cache,
         queue,
         version,
-    )
+    ).with_space(_filled_space(grid, items))
 
 
 def _plan_linked(
@@ -445,6 +454,34 @@ def common_shape(items: Sequence[Input]) -> tuple[int, ...]:
             f"together as NumPy broadcasts; if one relates to the image in another way say how: "
             f"Input(array, index_map=lambda roi: …)"
         ) from None
+
+
+def common_space(items: Iterable[Input], dropped: Sequence[int] = ()) -> Space:
+    """Return where the voxels of an image lie that has the shape of its inputs.
+
+    It is what the first input of that shape says that says anything. Without the ``dropped`` axes.
+    """
+    plain = [item for item in items if item.index_map is None]
+    whole = common_shape(plain)
+    spaces = [space_of(item) for item in plain if item.shape == whole]
+    known = (space for space in spaces if not space.is_plain)
+    return next(known, Space.of(len(whole))).without(dropped)
+
+
+def _mapped_space(
+    plain: Sequence[Input], dropped: Sequence[int], factors: Sequence[int], added: Iterable[int]
+) -> Space:
+    """Return the space of what `map_cells` makes of its inputs."""
+    space = common_space(plain, dropped).shrunk(factors)
+    for place in added:
+        space = space.with_axis(place)
+    return space
+
+
+def _filled_space(grid: CellGrid, items: Iterable[Input]) -> Space:
+    """Return the space of an image with a grid of its own."""
+    same = [item for item in items if item.index_map is None and item.shape == grid.shape]
+    return common_space(same) if same else Space.of(grid.ndim)
 
 
 def _native_cells(item: Input, whole: tuple[int, ...]) -> tuple[int, ...] | None:

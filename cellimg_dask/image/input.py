@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from cellimg_dask.blocks.plan import AxisLink, InputPlan
-from cellimg_dask.geometry import Halo, HaloLike, Roi, check_boundary
+from cellimg_dask.geometry import Halo, HaloLike, Roi, Space, check_boundary
+from cellimg_dask.image.labelled import without_labels
+from cellimg_dask.image.space_of import checked_space
 from cellimg_dask.loading.readers import check_array
 
 __all__ = ["Input", "as_input", "checked_fill", "follow", "inherited_halo"]
@@ -36,6 +38,8 @@ class Input:
     version : str, optional
         Stands for the content of the array in keys on disk. Needed only for arrays that cannot
         be compared (`content_key` says so): another version, another content.
+    space : Space, optional
+        Where the voxels lie. Default: what the array says of itself.
 
     Examples
     --------
@@ -53,9 +57,12 @@ class Input:
     fill_value: Any = None
     index_map: Callable[[Roi], Roi] | None = None
     version: str | None = None
+    space: Space | None = None
 
     def __post_init__(self) -> None:
         check_array(self.array)
+        object.__setattr__(self, "space", checked_space(self.space, self.array))
+        object.__setattr__(self, "array", without_labels(self.array))
         if self.boundary is not None:
             check_boundary(self.boundary)
         if self.index_map is not None and not callable(self.index_map):

@@ -11,9 +11,7 @@ from cellimg_dask.geometry import Space
 if TYPE_CHECKING:
     import xarray
 
-    from cellimg_dask.image.cellimg import CellImg
-
-__all__ = ["even_steps", "space_of_labelled", "to_xarray"]
+__all__ = ["even_steps", "space_of_labelled", "to_xarray", "without_labels"]
 
 # Coordinates are written as decimal numbers in files: their steps differ in the last digits.
 _TOLERANCE = 1e-3
@@ -34,7 +32,7 @@ def space_of_labelled(array: Any) -> Space:
     units: list[str | None] = []
     scale, translation = [], []
     for name in array.dims:
-        places = array.coords[name] if name in array.coords else None
+        places = array.coords.get(name)
         step, first, unit = 1.0, 0.0, None
         if places is not None:
             said = places.attrs.get("units")
@@ -60,20 +58,42 @@ def even_steps(places: Any) -> tuple[float, float]:
     return step, float(points[0])
 
 
-def to_xarray(image: CellImg, name: str | None) -> xarray.DataArray:
-    """Return an image as an array of xarray; see `CellImg.to_xarray`."""
+def without_labels(array: Any) -> Any:
+    """Return the dask array in an array of xarray; others as they are: they read regions."""
+    labelled = type(array).__module__.partition(".")[0] == "xarray"
+    return array.data if labelled and array.chunks is not None else array
+
+
+def to_xarray(array: Any, space: Space, name: str | None) -> xarray.DataArray:
+    """Return an array with the dimensions and coordinates that a space gives.
+
+    Parameters
+    ----------
+    array : array-like
+        Not read.
+    space : Space
+        Where its voxels lie.
+    name : str or None
+        Of the result.
+
+    Raises
+    ------
+    ImportError
+        If xarray is not installed.
+    """
     try:
         import xarray
     except ImportError:
         raise ImportError(
             "to_xarray needs xarray: pip install 'cellimg-dask[formats]'", name="xarray"
         ) from None
-    space = image.space.named
-    names = space.axes or ()
+    named = space.named
+    names = named.axes or ()
     coords = {}
-    for axis, unit in enumerate(space.units):
-        step, first = space.scale[axis], space.translation[axis]
+    for axis, (unit, step, first) in enumerate(
+        zip(named.units, named.scale, named.translation, strict=True)
+    ):
         if (step, first, unit) != (1.0, 0.0, None):
-            places = first + step * np.arange(image.shape[axis])
+            places = first + step * np.arange(array.shape[axis])
             coords[names[axis]] = (names[axis], places, {} if unit is None else {"units": unit})
-    return xarray.DataArray(image.to_dask(), coords, names, name)
+    return xarray.DataArray(array, coords, names, name)

@@ -17,10 +17,11 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.errors import CycleError, SaveError, SourceChangedError
-from cellimg_dask.geometry import CellGrid, Roi, as_ints
+from cellimg_dask.geometry import CellGrid, Roi, Space, as_ints
 from cellimg_dask.image.describe import size_text
 from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.indexing import VoxelChange, assign, take
+from cellimg_dask.image.space_of import Placed, checked_space
 from cellimg_dask.loading.node import SourceNode
 from cellimg_dask.loading.readers import check_array, native
 from cellimg_dask.loading.source import MemoryReader, SourceReader, StoredReader
@@ -38,7 +39,7 @@ _DEFAULT_VOXELS_LOG2 = 18
 _logger = logging.getLogger("cellimg_dask")
 
 
-class Source(Gridded):
+class Source(Gridded, Placed):
     """An input of images that can be changed; what rests on a change is computed anew.
 
     It is changed by `edit` only, a whole edit at a time. Whoever reads an image, or has taken a
@@ -57,6 +58,8 @@ class Source(Gridded):
     save : "at once" or "later"
         Whether an edit returns when the store has it, or cells are written when they become many
         and by `persist` and `close`.
+    space : Space, optional
+        Where the voxels lie. Default: what the array says of itself.
 
     Raises
     ------
@@ -90,6 +93,7 @@ class Source(Gridded):
         *,
         cache: CellCache | Literal["shared"] = "shared",
         save: Literal["at once", "later"] = "at once",
+        space: Space | None = None,
     ) -> None:
         if isinstance(array, (list, tuple, int, float)):
             array = np.asarray(array)
@@ -130,6 +134,12 @@ class Source(Gridded):
             weakref.finalize(self, _save_the_rest, self._saver).atexit = False
         self.node = SourceNode(reader, grid)
         """The source over all its changes."""
+        self._space = checked_space(space, array)
+
+    @property
+    def space(self) -> Space:
+        """Where the voxels lie."""
+        return self._space
 
     @classmethod
     def empty(
@@ -142,6 +152,7 @@ class Source(Gridded):
         fill_value: Any = 0,
         cache: CellCache | Literal["shared"] = "shared",
         save: Literal["at once", "later"] = "later",
+        space: Space | None = None,
     ) -> Source:
         """Return a source in a new zarr array, which may be larger than memory.
 
@@ -155,7 +166,7 @@ class Source(Gridded):
             Where; opened again by ``Source(zarr.open_array(store))``.
         fill_value : scalar
             Value of what has not been written.
-        cache, save
+        cache, save, space
             As for `Source`, but saving later by default.
 
         Raises
@@ -175,7 +186,7 @@ class Source(Gridded):
         array = zarr.create_array(
             where, shape=extents, dtype=np.dtype(dtype), chunks=cells, fill_value=fill_value
         )
-        return cls(array, cells, cache=cache, save=save)
+        return cls(array, cells, cache=cache, save=save, space=space)
 
     # ------------------------------------------------------------------ what it is
 

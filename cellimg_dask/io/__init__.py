@@ -1,1 +1,1 @@
-"""Images in files: opening, listing and writing them."""
+"""Floor 5: images in files and stores, opened and written."""

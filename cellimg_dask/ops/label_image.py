@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.geometry import CellGrid, Halo, Roi, parse_index
+from cellimg_dask.geometry import CellGrid, Halo, Roi, Space, parse_index
 from cellimg_dask.image.cellimg import CellImg, check_parameter, image_arrived
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.node import ImageNode, defining
@@ -60,8 +60,9 @@ class LabelImg(CellImg):
         bands: CellImg,
         root: CellImg,
         cut: CellImg,
+        space: Space | None = None,
     ) -> None:
-        super().__init__(node)
+        super().__init__(node, space)
         self.blocks = blocks
         """The labels of each block, as they were before they were stitched."""
         self._linking = linking
@@ -128,15 +129,15 @@ class LabelImg(CellImg):
         # All of one moment.
         with defining():
             blocks = self.blocks.snapshot() if isinstance(self.blocks, CellImg) else self.blocks
-            parts = [image.snapshot() for image in (self._bands, self._root, self._cut)]
-            return LabelImg(super().snapshot().node, blocks, self._linking, *parts)
+            parts = (self._bands.snapshot(), self._root.snapshot(), self._cut.snapshot())
+            return LabelImg(super().snapshot().node, blocks, self._linking, *parts, self.space)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # All of one moment.
         with defining():
             loaders = [part.loader for part in (self, self._bands, self._root, self._cut)]
             blocks = copy(self.blocks) if isinstance(self.blocks, CellImg) else self.blocks
-        return _labels_arrived, (blocks, self._linking, *loaders)
+        return _labels_arrived, (blocks, self._linking, self.space, *loaders)
 
     def num_objects(self) -> int:
         """Return how many objects there are; finds the labels of all blocks if need be."""
@@ -168,9 +169,9 @@ def _blocks_arrived(
     return BlockLabels(arrived(*args).node, layout)
 
 
-def _labels_arrived(blocks: Any, linking: Linking, *loaders: CellLoader) -> LabelImg:
-    final, *parts = map(image_arrived, loaders)
-    return LabelImg(final.node, blocks, linking, *parts)
+def _labels_arrived(blocks: Any, linking: Linking, space: Space, *loaders: CellLoader) -> LabelImg:
+    final, bands, root, cut = map(image_arrived, loaders)
+    return LabelImg(final.node, blocks, linking, bands, root, cut, space)
 
 
 def _positions_of(grid: CellGrid, box: Roi) -> Roi:

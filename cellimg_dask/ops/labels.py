@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from cellimg_dask.blocks.block import Block
 from cellimg_dask.blocks.functions import BlockCode, FillFunction
 from cellimg_dask.blocks.named import as_function
-from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, check_boundary
+from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Roi, Space, check_boundary
 from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.image.define import as_axes, common_shape, grid_of, make_image
+from cellimg_dask.image.define import as_axes, common_shape, common_space, grid_of, make_image
 from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import Input, as_input, inherited_halo
 from cellimg_dask.image.values import cell_values
@@ -129,7 +129,7 @@ def map_labels(
     call = checked_call(f, map(as_input, inputs), params, halo=halo)
     if call.halo is None:
         raise TypeError("map_labels needs halo=…: blocks are linked by the voxels that both label")
-    items, layout, dropped = _laid_out(call.items, cell_shape, call.halo, drop_axis)
+    items, layout, dropped, space = _laid_out(call.items, cell_shape, call.halo, drop_axis)
     modes = frozenset(item.boundary or boundary for item in items)
     blocks = _block_labels(
         FindObjects(call.function, layout, modes),
@@ -143,7 +143,8 @@ def map_labels(
         queue=queue,
         version=version,
     )
-    return stitch(blocks, link=link, consecutive=consecutive, cache=cache, queue=queue)
+    labels = stitch(blocks, link=link, consecutive=consecutive, cache=cache, queue=queue)
+    return labels.with_space(space)
 
 
 def label(
@@ -196,13 +197,13 @@ def label(
         raise TypeError(f"a mask must be of booleans or numbers, got an array of {dtype}")
     element = _structure(structure, len(item.shape))
     ndim = len(item.shape)
-    items, layout, _ = _laid_out((item,), cell_shape, Halo((0,) * ndim, (1,) * ndim))
+    items, layout, _, space = _laid_out((item,), cell_shape, Halo((0,) * ndim, (1,) * ndim))
     f = FindComponents(element, layout)
     blocks = _block_labels(f, items, layout, cache=cache, queue=queue)
     linking = Linking(
         blocks.layout, None, bool(consecutive), whole=True, steps=needed_steps(element)
     )
-    return _stitched(as_input(blocks), linking, cache, queue)
+    return _stitched(as_input(blocks), linking, cache, queue).with_space(space)
 
 
 def stitch(
@@ -270,8 +271,8 @@ def _laid_out(
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None,
     halo: HaloLike,
     drop_axis: SupportsIndex | Iterable[SupportsIndex] = (),
-) -> tuple[list[Input], SideBySide, dict[int, tuple[int, ...]]]:
-    """Return the inputs, where blocks lie, and per input which of its axes labels lack."""
+) -> tuple[list[Input], SideBySide, dict[int, tuple[int, ...]], Space]:
+    """Return the inputs, where blocks lie, which axes of each labels lack, and their space."""
     items = [as_input(value) for value in inputs]
     for number, item in enumerate(items):
         if item.halo is not None and item.index_map is None:
@@ -284,7 +285,7 @@ def _laid_out(
     for number, item in plain.items():
         skip = ndim - len(item.shape)
         own[number] = tuple(axis - skip for axis in dropped if axis >= skip)
-    return items, SideBySide(grid, Halo.of(halo, grid.ndim)), own
+    return items, SideBySide(grid, Halo.of(halo, grid.ndim)), own, common_space(items, dropped)
 
 
 def _block_labels(

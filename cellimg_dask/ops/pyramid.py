@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, overload
+from typing import Any, Literal, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,27 +36,13 @@ class Pyramid:
     levels: tuple[CellImg, ...]
     """The images; level 0 is the image itself."""
     scales: tuple[tuple[int, ...], ...]
-    """Per level and axis, the distance of two voxels, in voxels of level 0."""
+    """Per level and axis, the distance of two voxels, in voxels of level 0. In units of the image
+    it is the level's ``scale``."""
     translations: tuple[tuple[float, ...], ...]
     """Per level and axis, where the centre of the first voxel lies, in voxels of level 0 from the
     centre of its first voxel."""
     method: str
     """How a voxel is made of those below: ``"mean"``, ``"mode"`` or ``"nearest"``."""
-    voxel_size: tuple[float, ...]
-    """Physical size of a voxel of level 0 along each axis; 1 where none was given."""
-
-    @property
-    def physical_scales(self) -> tuple[tuple[float, ...], ...]:
-        """Per level and axis, the distance of two voxels, in the unit of ``voxel_size``."""
-        return tuple(self._physical(scale) for scale in self.scales)
-
-    @property
-    def physical_translations(self) -> tuple[tuple[float, ...], ...]:
-        """Per level and axis, where the first voxel lies, in the unit of ``voxel_size``."""
-        return tuple(self._physical(translation) for translation in self.translations)
-
-    def _physical(self, voxels: Sequence[float]) -> tuple[float, ...]:
-        return tuple(n * size for n, size in zip(voxels, self.voxel_size, strict=True))
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -95,7 +79,6 @@ def pyramid(
     *,
     factors: Factors = 2,
     method: Literal["mean", "mode", "nearest"] | None = None,
-    voxel_size: SupportsFloat | Iterable[SupportsFloat] = 1.0,
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
     cache: CellCache | str | None = "shared",
     queue: BlockQueue | None = None,
@@ -132,9 +115,6 @@ def pyramid(
         - ``"mode"``: the most frequent value. Of equally frequent ones the smallest, but 0, the
           background, only if there is no other, so that thin objects last.
         - ``"nearest"``: the first voxel of the window; for any dtype.
-    voxel_size : float or per-axis floats
-        Physical size of a voxel of ``img``, in any unit, for ``physical_scales`` and
-        ``physical_translations``.
     cell_shape : int or ints, optional
         Cell shape of the levels; a lazy image keeps its own as level 0. Default: that of level 0,
         which for arrays is chosen as in `map_cells`.
@@ -145,9 +125,9 @@ def pyramid(
     -------
     Pyramid
         The levels, all of the image's dtype in native byte order, with their scales and
-        translations. The centre of a voxel lies in the middle of its window, ``(factor - 1) / 2``
-        voxels of the level below from the first one, also at the border; with ``"nearest"`` on
-        the first voxel.
+        translations in voxels; the levels' own are in units. The centre of a voxel lies in the
+        middle of its window, ``(factor - 1) / 2`` voxels of the level below from the first one,
+        also at the border; with ``"nearest"`` on the first voxel.
 
     Raises
     ------
@@ -156,8 +136,9 @@ def pyramid(
 
     Examples
     --------
+    >>> from cellimg_dask import Input, Space
     >>> image = np.arange(35, dtype="u1").reshape(5, 7)
-    >>> levels = pyramid(image, 3, voxel_size=(2.0, 0.5))
+    >>> levels = pyramid(Input(image, space=Space.of(2, "yx", "um", scale=(2.0, 0.5))), 3)
     >>> levels
     Pyramid of uint8 by mean
     level  shape   cells  scale   translation
@@ -168,7 +149,7 @@ def pyramid(
     array([[ 8, 10],
            [22, 24],
            [32, 34]], dtype=uint8)
-    >>> levels.physical_translations[2]
+    >>> levels[2].translation
     (3.0, 0.75)
     """
     used = _method(kind, method)
@@ -179,7 +160,6 @@ def pyramid(
     if cell_shape is not None:
         cells = as_ints(cell_shape, "cell_shape", ndim=base.ndim, minimum=1)
     steps = _steps(factors, number, base.shape, cells)
-    sizes = _sizes(voxel_size, base.ndim)
     images = [base]
     scales: list[tuple[int, ...]] = [(1,) * base.ndim]
     translations = [(0.0,) * base.ndim]
@@ -189,18 +169,19 @@ def pyramid(
         below = zip(translations[-1], scales[-1], step, strict=True)
         translations.append(tuple(shift + scale * (f - 1) * place for shift, scale, f in below))
         scales.append(tuple(scale * f for scale, f in zip(scales[-1], step, strict=True)))
-        images.append(
-            map_cells(
-                functools.partial(_METHODS[used], factors=step),
-                images[-1],
-                dtype=base.dtype,
-                cell_shape=cells,
-                shrink=step,
-                cache=cache,
-                queue=queue,
-            )
+        coarser = map_cells(
+            functools.partial(_METHODS[used], factors=step),
+            images[-1],
+            dtype=base.dtype,
+            cell_shape=cells,
+            shrink=step,
+            cache=cache,
+            queue=queue,
         )
-    return Pyramid(tuple(images), tuple(scales), tuple(translations), used, sizes)
+        if used == "nearest":
+            coarser = coarser.with_space(translation=base.translation)
+        images.append(coarser)
+    return Pyramid(tuple(images), tuple(scales), tuple(translations), used)
 
 
 _METHODS: dict[str, Callable[..., NDArray[Any]]] = {
@@ -287,19 +268,3 @@ def _listed(value: Any, what: str) -> Any:
     if isinstance(value, (Mapping, Set, str)):
         raise TypeError(f"{what} must be a number, or numbers in the order of axes, got {value!r}")
     return list(value) if _is_several(value) else value
-
-
-def _sizes(value: Any, ndim: int) -> tuple[float, ...]:
-    """Return the voxel size along each axis."""
-    given = _listed(value, "voxel_size")
-    sizes = given if isinstance(given, list) else [given] * ndim
-    for axis, size in enumerate(sizes):
-        if not isinstance(size, Real) or isinstance(size, bool):
-            raise TypeError(f"voxel_size[{axis}] must be a number, got {size!r}")
-        if not 0 < float(size) < math.inf:
-            raise ValueError(f"voxel_size[{axis}] must be positive and finite, got {size}")
-    if len(sizes) != ndim:
-        raise ValueError(
-            f"voxel_size must have one value for each of {ndim} axes, got {len(sizes)}: {sizes}"
-        )
-    return tuple(map(float, sizes))

@@ -325,13 +325,16 @@ def test_the_number_of_levels_is_that_asked_for() -> None:
 
 
 def test_factors_per_level() -> None:
-    image = np.zeros((10, 40, 40), "u1")
-    levels = pyramid(image, factors=[(1, 2, 2), 2, (2, 3, 3)], voxel_size=(4, 1, 0.5))
+    space = ci.Space.of(3, "zyx", "um", scale=(4, 1, 0.5), translation=(0, 0, 10))
+    image = ci.Input(np.zeros((10, 40, 40), "u1"), space=space)
+    levels = pyramid(image, factors=[(1, 2, 2), 2, (2, 3, 3)])
     assert [level.shape for level in levels] == [(10, 40, 40), (10, 20, 20), (5, 10, 10), (3, 4, 4)]
     assert levels.scales == ((1, 1, 1), (1, 2, 2), (2, 4, 4), (4, 12, 12))
     assert levels.translations == ((0, 0, 0), (0, 0.5, 0.5), (0.5, 1.5, 1.5), (1.5, 5.5, 5.5))
-    assert levels.physical_scales[3] == (16, 12, 6)
-    assert levels.physical_translations[3] == (6, 5.5, 2.75)
+    assert levels[0].space == space
+    assert levels[3].axes == ("z", "y", "x")
+    assert levels[3].scale == (16, 12, 6)
+    assert levels[3].translation == (6, 5.5, 12.75)
     same = pyramid(image, 4, factors=np.array([(1, 2, 2), (2, 2, 2), (2, 3, 3)]))
     assert same.scales == levels.scales
     assert pyramid(image, 3, factors=iter((1, 2, 2))).scales[2] == (1, 4, 4)
@@ -362,14 +365,14 @@ def test_translations_are_the_centres_of_what_voxels_are_made_of(method: str, fa
         # The mode of a window has no place of its own: it is made of the same voxels as the mean.
         how = "nearest" if method == "nearest" else "mean"
         found = pyramid(ramp, 3, factors=factors, method=how, cell_shape=(7, 10))  # type: ignore[arg-type]
-        levels = pyramid(ramp, 3, factors=factors, method=method, voxel_size=sizes)  # type: ignore[arg-type]
+        sized = ci.Input(ramp, space=ci.Space.of(2, scale=sizes))
+        levels = pyramid(sized, 3, factors=factors, method=method)  # type: ignore[arg-type]
         for number, level in enumerate(found):
             places = level[:, 0] if axis == 0 else level[0, :]
             index = np.arange(len(places))
             scale, shift = levels.scales[number][axis], levels.translations[number][axis]
             np.testing.assert_allclose(places, scale * index + shift)
-            physical = levels.physical_scales[number][axis] * index
-            physical += levels.physical_translations[number][axis]
+            physical = levels[number].scale[axis] * index + levels[number].translation[axis]
             np.testing.assert_allclose(places * sizes[axis], physical)
 
 
@@ -381,7 +384,6 @@ def test_a_pyramid_is_a_frozen_sequence_of_images() -> None:
     assert levels[-1] is levels.levels[2]
     assert levels[1:] == levels.levels[1:]
     assert levels.method == "mean"
-    assert levels.voxel_size == (1.0,)
     with pytest.raises(IndexError):
         levels[3]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -595,14 +597,6 @@ IMAGE = np.zeros((8, 9))
         ({"factors": [(2, 2), (2,)]}, ValueError, r"factors\[1\] must have one value for each"),
         ({"factors": [(2, 2), (2, 0)]}, ValueError, r"factors\[1\]\[1\] must be at least 1"),
         ({"factors": [(2, 2)], "levels": 3}, ValueError, "expected 2 levels"),
-        ({"voxel_size": 0}, ValueError, "positive"),
-        ({"voxel_size": (1, -1)}, ValueError, r"voxel_size\[1\] must be positive"),
-        ({"voxel_size": float("nan")}, ValueError, "positive and finite"),
-        ({"voxel_size": (1, 2, 3)}, ValueError, "one value for each of 2 axes, got 3"),
-        ({"voxel_size": "1 um"}, TypeError, "must be a number"),
-        ({"voxel_size": (True, 1)}, TypeError, "must be a number"),
-        ({"voxel_size": {2, 1}}, TypeError, "in the order of axes"),
-        ({"voxel_size": None}, TypeError, "must be a number"),
         ({"cell_shape": 0}, ValueError, "cell_shape"),
         ({"cell_shape": (2, 2, 2)}, ValueError, "one value for each of 2 axes"),
         ({"cache": 5, "levels": 2}, TypeError, "cache must be"),
