@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -99,6 +99,32 @@ class Location:
             # Some servers do not give parts, and some refuse a part that is longer than the file.
             return self.read(name)
         return found[:stop]
+
+    def read_part(self, start: int, stop: int) -> bytes:
+        """Return some bytes of this file, fewer where it ends before."""
+        if self.is_local:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        system, path = self.filesystem()
+        found: bytes = system.cat_file(path, start=start, end=stop)
+        # Some servers give the whole whatever part one asks for.
+        return found if len(found) <= stop - start else found[start:stop]
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Return the bytes of files below, of those that are there."""
+        if self.is_local:
+            each = {name: self.read(name) for name in names}
+            return {name: data for name, data in each.items() if data is not None}
+        system, _ = self.filesystem()
+        paths = {self._there(name)[1]: name for name in names}
+        found = {}
+        for path, data in system.cat(list(paths), on_error="return").items():
+            if not isinstance(data, Exception):
+                found[paths[path]] = data
+            elif not isinstance(data, _ABSENT):
+                raise data
+        return found
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return the object that a JSON file holds; None where there is no such file.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
 from cellimg_dask.geometry import as_int
-from cellimg_dask.io.location import Location, UnreadableError, locate
-from cellimg_dask.io.opened import Found
-from cellimg_dask.io.recognize import recognize
+from cellimg_dask.io.listing import found_at
+from cellimg_dask.io.location import Location, locate
 from cellimg_dask.io.stored_image import StoredImage
-from cellimg_dask.io.zarr_read import find_zarr
 
-__all__ = ["found_at", "inside_of", "open_image", "reopen"]
+__all__ = ["inside_of", "open_image", "reopen"]
 
 
 def open_image(
@@ -89,33 +87,8 @@ def inside_of(location: Location) -> tuple[Location, str]:
     return location, ""
 
 
-def found_at(location: Location, name: str | None) -> Found:
-    """Return the image at a location; see `open_image`."""
-    kind = recognize(location)
-    if kind == "zip":
-        return found_at(archive(location), name)
-    try:
-        return _FINDERS[kind](location, name)
-    except (ImportError, FileNotFoundError, PermissionError, UnreadableError):
-        raise
-    except Exception as error:
-        raise UnreadableError(
-            f"cannot read {location.url} as {kind}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def archive(location: Location) -> Location:
-    """Return the inside of a zip file."""
-    return Location(f"zip::{location.url}", location.options, is_local=False)
-
-
 def reopen(location: Location, name: str, level: int, is_labels: bool) -> StoredImage:
     """Return an image that was pickled."""
     found = found_at(location, name or None)
     found.is_labels = is_labels
     return StoredImage(found, level)
-
-
-_FINDERS: dict[str, Callable[[Location, str | None], Found]] = {
-    "zarr": find_zarr,
-}

@@ -35,8 +35,8 @@ class ListedArray:
     """Shape of the shards that zarr puts chunks together in."""
     compression: str
     """Names of what compresses it, or ``"none"``."""
-    level: int = 0
-    """Which level of an image in several sizes it is, 0 the finest."""
+    num_levels: int = 1
+    """In how many sizes it is there under this name."""
     _measure: Callable[[], int | None] = field(default=lambda: None, repr=False, compare=False)
 
     @property

@@ -23,7 +23,7 @@ from cellimg_dask.io.ome_read import (
     series_names,
 )
 from cellimg_dask.io.opened import Found, ListedArray, choose, joined
-from cellimg_dask.io.spaces import shrunk_to, tolerant_space
+from cellimg_dask.io.spaces import attributes_space, shrunk_to, tolerant_space
 
 __all__ = ["find_zarr", "list_zarr"]
 
@@ -153,8 +153,8 @@ def _bare(store: _Store, path: str, array: Any) -> Found:
             image = _image(store, above, around, multiscale)
             return image.space(number)
         names = _dimensions(array)
-        if names is None:
-            return Space.of(array.ndim)
+        if names is None or not path:
+            return attributes_space(array.ndim, names, attributes, what)
         return _labelled_space(store, above, array, names, what)
 
     return Found(
@@ -304,27 +304,21 @@ def list_zarr(location: Location) -> list[ListedArray]:
     if node is None:
         raise _missing(store, "")
     if _is_array(node):
-        return [_listed(store, node, "", None, 0)]
+        return [_listed(store, node, "", None)]
     with _no_warnings():
         members = dict(node.members(max_depth=None))
-    levels: dict[str, tuple[tuple[str, ...] | None, int]] = {}
+    levels: dict[str, tuple[str, ...] | None] = {}
     for prefix, group in {"": node, **members}.items():
         multiscale = None if _is_array(group) else multiscale_of(dict(group.attrs))
         if multiscale is not None:
-            for number, level in enumerate(multiscale.paths):
-                levels[joined(prefix, level)] = multiscale.axes, number
+            levels |= {joined(prefix, level): multiscale.axes for level in multiscale.paths}
     arrays = {name: item for name, item in members.items() if _is_array(item)}
     # The first level of a pyramid is the image itself.
     names = [*(name for name in levels if name in arrays), *sorted(arrays)]
-    return [
-        _listed(store, arrays[name], name, *levels.get(name, (None, 0)))
-        for name in dict.fromkeys(names)
-    ]
+    return [_listed(store, arrays[name], name, levels.get(name)) for name in dict.fromkeys(names)]
 
 
-def _listed(
-    store: _Store, array: Any, name: str, axes: tuple[str, ...] | None, level: int
-) -> ListedArray:
+def _listed(store: _Store, array: Any, name: str, axes: tuple[str, ...] | None) -> ListedArray:
     if axes is None or len(axes) != array.ndim:
         names = _dimensions(array)
         axes = None if names is None else tuple(names)
@@ -339,7 +333,7 @@ def _listed(
         tuple(array.chunks),
         None if array.shards is None else tuple(array.shards),
         ", ".join(codecs) or "none",
-        level,
+        1,
         lambda: store.location.nbytes(name),
     )
 
