@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from cellimg_dask.io.listing import list_images
 from cellimg_dask.io.open_image import open_image
 from cellimg_dask.io.opened import ListedArray
+from cellimg_dask.io.stored_image import StoredImage
 from cellimg_dask.loading.file_array import FileArray
 
 __all__ = ["SAMPLES", "Stored", "open_file", "reason"]
@@ -26,12 +28,10 @@ SAMPLES = "s"
 class Stored:
     """An array in a file, not read yet."""
 
-    path: Path
-    """The file."""
     listed: ListedArray
     """What is known of the array."""
-    stack: ExitStack
-    """Closes what was opened."""
+    read: Callable[[], Any]
+    """Opens the array, which reads regions as long as the file is open."""
 
     @property
     def kind(self) -> str:
@@ -58,15 +58,6 @@ class Stored:
         """Axis names in lower case where the file gives them."""
         return self.listed.axes
 
-    def read(self) -> Any:
-        """Open the array, which reads regions as long as the file is open."""
-        image = open_image(self.path, name=self.name or None)
-        self.stack.enter_context(image)
-        if isinstance(image.array, FileArray):
-            # What is decoded as a whole fails here if it is damaged.
-            image.array.memory()
-        return image
-
 
 @contextmanager
 def open_file(path: Path) -> Iterator[list[Stored]]:
@@ -86,7 +77,15 @@ def open_file(path: Path) -> Iterator[list[Stored]]:
             raise click.ClickException(f"cannot read {path}: {reason(error)}") from error
         except ValueError as error:
             raise click.ClickException(str(error)) from error
-        yield [Stored(path, item, stack) for item in listed]
+        yield [Stored(item, partial(_read, path, item.name, stack)) for item in listed]
+
+
+def _read(path: Path, name: str, stack: ExitStack) -> StoredImage:
+    image = stack.enter_context(open_image(path, name=name or None))
+    if isinstance(image.array, FileArray):
+        # What is decoded as a whole fails here if it is damaged.
+        image.array.memory()
+    return image
 
 
 def reason(error: Exception) -> str:

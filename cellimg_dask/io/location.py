@@ -188,11 +188,15 @@ class Location:
             return self.path.open("rb")
         system, path = self.filesystem()
         file = system.open(path, "rb")
+        if isinstance(file, io.BytesIO):
+            # In memory, and one for everybody with one position.
+            return io.BufferedReader(io.BytesIO(file.getvalue()))
         if file.seekable():
-            return file
+            # Without a way to write.
+            return io.BufferedReader(file)
         # A server that gives no parts.
         with file:
-            return io.BytesIO(file.read())
+            return io.BufferedReader(io.BytesIO(file.read()))
 
 
 def locate(place: Any, options: Mapping[str, Any] | None = None) -> Location:

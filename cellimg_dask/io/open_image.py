@@ -11,7 +11,7 @@ from cellimg_dask.io.listing import found_at
 from cellimg_dask.io.location import Location, locate
 from cellimg_dask.io.stored_image import StoredImage
 
-__all__ = ["inside_of", "open_image", "reopen"]
+__all__ = ["open_image"]
 
 
 def open_image(
@@ -65,7 +65,7 @@ def open_image(
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a text, got {type(name).__name__}")
-    location, inside = inside_of(locate(path_or_url, storage_options))
+    location, inside = _inside_of(locate(path_or_url, storage_options))
     found = found_at(location, "/".join(filter(None, (inside, name))) or None)
     number = as_int(level, "level", minimum=0)
     if number >= len(found.levels):
@@ -74,10 +74,17 @@ def open_image(
             f"level {number}: {location.url} has {len(found.levels)} levels, allowed is "
             f"0..{len(found.levels) - 1}"
         )
-    return StoredImage(found, number)
+    image = StoredImage(found, number)
+    try:
+        # What is wrong shows here, and what the image is can be asked for when it is closed.
+        _ = image.grid, image.dtype, image.space
+    except BaseException:
+        found.close()
+        raise
+    return image
 
 
-def inside_of(location: Location) -> tuple[Location, str]:
+def _inside_of(location: Location) -> tuple[Location, str]:
     """Return the file, and what is meant inside, of a path such as ``file.h5/raw/volume``."""
     if location.is_local and not location.path.exists():
         for above in location.path.parents:
@@ -85,10 +92,3 @@ def inside_of(location: Location) -> tuple[Location, str]:
                 inside = location.path.relative_to(above).as_posix()
                 return Location(str(above), location.options, is_local=True), inside
     return location, ""
-
-
-def reopen(location: Location, name: str, level: int, is_labels: bool) -> StoredImage:
-    """Return an image that was pickled."""
-    found = found_at(location, name or None)
-    found.is_labels = is_labels
-    return StoredImage(found, level)

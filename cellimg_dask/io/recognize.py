@@ -93,7 +93,7 @@ def _of_folder(location: Location) -> str:
         return kind
     # The groups of an N5 container need no file of their own, its root neither.
     inside = {name: _marked(location.below(name)) for name in location.folders()[:100]}
-    if location.last_name.endswith(".n5") or "N5" in inside.values():
+    if location.last_name.endswith(".n5") or set(inside.values()) - {None} == {"N5"}:
         return "N5"
     found = [name for name, kind in inside.items() if kind is not None]
     hint = f"; in it are {', '.join(found[:5])}: open one of these" if found else ""

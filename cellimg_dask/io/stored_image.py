@@ -16,6 +16,8 @@ from cellimg_dask.image.describe import size_text
 from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.indexing import take_boxes
 from cellimg_dask.image.space_of import Placed
+from cellimg_dask.io.listing import found_at
+from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found
 from cellimg_dask.loading.file_array import FileArray, StandsFor, file_state
 from cellimg_dask.loading.readers import native, quick_source
@@ -227,9 +229,13 @@ class StoredImage(StandsFor, Gridded, Placed):
         return "StoredImage", where.url, self.name, self._level, self.shape, str(self.dtype), state
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from cellimg_dask.io.open_image import reopen
+        return _reopened, (self._found.location, self.name, self._level, self.is_labels)
 
-        return reopen, (self._found.location, self.name, self._level, self.is_labels)
+
+def _reopened(location: Location, name: str, level: int, is_labels: bool) -> StoredImage:
+    found = found_at(location, name or None)
+    found.is_labels = is_labels
+    return StoredImage(found, level)
 
 
 class _Labels(Mapping[str, StoredImage]):
