@@ -216,12 +216,11 @@ def written_arrays(path: str) -> dict[str, str]:
 
     Empty where `write_ome_zarr` has written nothing.
     """
-    mark = open_folder(run_folder(path)).read(_MARK)
-    if mark is None:
-        return {}
-    group = _Group(path, "0.5")
-    names = [name for names in json.loads(mark)["images"].values() for name in names]
-    return {f"{path}/{name}": group.beside(name) for name in names}
+    beside = run_folder(path)
+    mark = open_folder(beside).read(_MARK)
+    images = {} if mark is None else json.loads(mark)["images"]
+    names = [name for names in images.values() for name in names]
+    return {f"{path.rstrip('/')}/{name}": f"{beside}/{name}" for name in names}
 
 
 @dataclass(frozen=True)
