@@ -60,7 +60,8 @@ def write_ome(path, data, version, *, num_levels=1, labels=None, **more):
         inside = group.create_group("labels")
         _set_ome(inside, version, {"labels": list(labels)})
         for name, values in labels.items():
-            _fill_ome(inside.create_group(name), values, version, 1, {"image-label": {}})
+            inner = inside.create_group(name)
+            _fill_ome(inner, values, version, num_levels, {"image-label": {}})
     return group
 
 
@@ -72,8 +73,12 @@ def _fill_ome(group, data, version, num_levels, more):
     datasets = []
     for level in range(num_levels):
         step = 2**level
+        more_v3 = {"dimension_names": tuple("zyx"[-data.ndim :])} if version == "0.5" else {}
         group.create_array(
-            f"s{level}", data=data[..., ::step, ::step], chunks=(2, 16, 16)[-data.ndim :]
+            f"s{level}",
+            data=data[..., ::step, ::step],
+            chunks=(2, 16, 16)[-data.ndim :],
+            **more_v3,
         )
         scale = [1.0] * (data.ndim - 2) + [float(step)] * 2
         shift = [0.0] * (data.ndim - 2) + [(step - 1) / 2] * 2

@@ -27,9 +27,9 @@ _HALO = 8
 def info(what: str, as_json: bool, env: Path | None) -> None:
     """Show what a file holds, or what a block function takes and gives.
 
-    WHAT is an image: a TIFF, PNG, JPEG, .npy or HDF5 file, or a folder with a zarr array or group
-    (version 2 or 3). Every array in it is listed, and how map_cells would cut it into cells.
-    Nothing is decoded and nothing on disk is changed.
+    WHAT is an image: a TIFF, PNG, JPEG, .npy or HDF5 file, a folder with a zarr array or group
+    (version 2 or 3), or an N5 folder. Every array in it is listed, and how map_cells would cut it
+    into cells. Nothing is decoded and nothing on disk is changed.
 
     Or it is a function, as module:function or file.py:function, which is imported, or the
     description of one in a YAML or JSON file. With --json it is printed as such a description.

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.blocks.plan import Box
 from cellimg_dask.geometry import Space
 from cellimg_dask.image.labelled import even_steps
 from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found, ListedArray, choose
 from cellimg_dask.io.optional import optional
 from cellimg_dask.io.spaces import attributes_space, numbers, tolerant_space
-from cellimg_dask.loading.file_array import FileArray
+from cellimg_dask.loading.file_array import FileArray, file_state
 
 __all__ = ["Hdf5Array", "find_hdf5", "list_hdf5"]
 
@@ -27,7 +28,11 @@ _VIEWER_NAME = re.compile(r"(t\d{5,}/(s\d{2,}))/(\d+)/cells")
 
 
 class Hdf5Array(FileArray):
-    """A data set of an HDF5 file that is reached by a URL, which h5py alone cannot open again."""
+    """A data set of an HDF5 file that h5py's own does not do for.
+
+    That is one that is reached by a URL, which h5py alone cannot open again, or one of
+    BigDataViewer's, which writes unsigned numbers and calls them signed.
+    """
 
     def __init__(self, location: Location, name: str, file: Any = None) -> None:
         self._location = location
@@ -36,16 +41,32 @@ class Hdf5Array(FileArray):
         self._file = _open(location) if file is None else file
         found = self._file[name]
         self.shape = tuple(found.shape)
-        self.dtype = np.dtype(found.dtype)
+        self.dtype = _dtype(name, found)
         self.chunks = found.chunks
         self.label = f"HDF5 {location.last_name}/{name}"
 
     def __getitem__(self, box: Any) -> NDArray[Any]:
         """Return a box."""
-        return np.asarray(self._file[self._name][box])
+        return np.asarray(self._file[self._name][box]).view(self.dtype)
+
+    def content(self, boxes: Sequence[Box]) -> Any:
+        """Return the file's place, size and time of change."""
+        if not self._location.is_local:
+            return None
+        path = self._location.path.resolve()
+        return ["HDF5", str(path), self._name, file_state(path)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hdf5Array, (self._location, self._name)
+
+
+def _dtype(name: str, item: Any) -> np.dtype[Any]:
+    """Return the data type of a data set, of BigDataViewer's as it is meant."""
+    dtype: np.dtype[Any] = np.dtype(item.dtype)
+    is_meant_unsigned = dtype.kind == "i" and dtype.itemsize == 2 and _VIEWER_NAME.fullmatch(name)
+    if is_meant_unsigned:
+        dtype = np.dtype(dtype.str.replace("i", "u"))
+    return dtype
 
 
 def _open(location: Location) -> Any:
@@ -87,9 +108,10 @@ def _found(location: Location, file: Any, name: str | None) -> Found:
     first = sets[levels[0]]
 
     def open_level(level: int) -> Any:
-        return (
-            file[levels[level]] if location.is_local else Hdf5Array(location, levels[level], file)
-        )
+        item = file[levels[level]]
+        if location.is_local and _dtype(levels[level], item) == item.dtype:
+            return item
+        return Hdf5Array(location, levels[level], file)
 
     def space(found: Found, level: int) -> Space:
         what = f"{location.url}, {levels[level]}"
@@ -124,7 +146,7 @@ def list_hdf5(location: Location) -> list[ListedArray]:
                     "HDF5",
                     name,
                     item.shape,
-                    item.dtype,
+                    _dtype(name, item),
                     None if axes is None else tuple(axis.lower() for axis in axes),
                     item.chunks,
                     None,

@@ -16,7 +16,7 @@ from cellimg_dask.io.recognize import recognize
 from cellimg_dask.io.tiff import find_tiff, list_tiff
 from cellimg_dask.io.zarr_read import find_zarr, list_zarr
 
-__all__ = ["found_at", "list_images"]
+__all__ = ["found_at", "list_images", "reading"]
 
 T = TypeVar("T")
 
@@ -35,12 +35,12 @@ def list_images(
 def found_at(location: Location, name: str | None) -> Found:
     """Return the image at a location; see `open_image`."""
     location, kind = _recognized(location)
-    return _reading(location, kind, lambda: _FINDERS[kind](location, name))
+    return reading(location, kind, lambda: _FINDERS[kind](location, name))
 
 
 def _listed_at(location: Location) -> list[ListedArray]:
     location, kind = _recognized(location)
-    listed = _reading(location, kind, lambda: _LISTERS[kind](location))
+    listed = reading(location, kind, lambda: _LISTERS[kind](location))
     if not listed:
         raise UnreadableError(f"{location.url} ({kind}) holds no array")
     return listed
@@ -54,7 +54,8 @@ def _recognized(location: Location) -> tuple[Location, str]:
     return location, kind
 
 
-def _reading(location: Location, kind: str, read: Callable[[], T]) -> T:
+def reading(location: Location, kind: str, read: Callable[[], T]) -> T:
+    """Return what ``read()`` does; what a library raises says which file it is about."""
     try:
         return read()
     except (ImportError, FileNotFoundError, PermissionError, UnreadableError):

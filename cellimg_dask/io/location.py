@@ -98,6 +98,13 @@ class Location:
                 raise
             # Some servers do not give parts, and some refuse a part that is longer than the file.
             return self.read(name)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:
+            # What a server answers: that one may not, that it has broken down.
+            raise OSError(
+                f"cannot read {self.below(name).url}: {type(error).__name__}: {error}"
+            ) from error
         return found[:stop]
 
     def read_part(self, start: int, stop: int) -> bytes:

@@ -49,18 +49,26 @@ class N5Array(FileArray):
         self._lock = threading.Lock()
         self._opened_in: int | None = None
         self._twin: Any = None
+        # So that what it does not know is said here.
+        self._now()
+
+    def _now(self) -> Any:
+        """Return tensorstore's array, of a place of its own where the files must be fetched."""
+        with self._lock:
+            # Its threads do not survive a fork.
+            if self._opened_in != os.getpid():
+                place = {"driver": "memory"}
+                if self._location.is_local:
+                    place = {"driver": "file", "path": str(self._location.path / self._name)}
+                self._twin = _open(place, self._attributes)
+                self._opened_in = os.getpid()
+            return self._twin
 
     def __getitem__(self, box: Any) -> NDArray[Any]:
         """Return a box."""
         if not self._location.is_local:
             return self._fetched(box)
-        with self._lock:
-            # tensorstore's threads do not survive a fork.
-            if self._opened_in != os.getpid():
-                path = self._location.path / self._name
-                self._twin = _open({"driver": "file", "path": str(path)}, self._attributes)
-                self._opened_in = os.getpid()
-        return np.asarray(self._twin[box].read().result())
+        return np.asarray(self._now()[box].read().result())
 
     def _fetched(self, box: Box) -> NDArray[Any]:
         names = [joined(self._name, name) for name in self._chunk_names([box])]

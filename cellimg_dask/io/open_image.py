@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
 from cellimg_dask.geometry import as_int
-from cellimg_dask.io.listing import found_at
+from cellimg_dask.io.listing import found_at, reading
 from cellimg_dask.io.location import Location, locate
 from cellimg_dask.io.stored_image import StoredImage
 
@@ -77,7 +77,7 @@ def open_image(
     image = StoredImage(found, number)
     try:
         # What is wrong shows here, and what the image is can be asked for when it is closed.
-        _ = image.grid, image.dtype, image.space
+        reading(found.location, found.kind, lambda: (image.grid, image.dtype, image.space))
     except BaseException:
         found.close()
         raise

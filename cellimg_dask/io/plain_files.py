@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.plan import Box
 from cellimg_dask.geometry import Space
 from cellimg_dask.io.location import Location, UnreadableError
 from cellimg_dask.io.opened import Found, ListedArray
 from cellimg_dask.io.optional import optional
-from cellimg_dask.loading.file_array import FileArray, file_state
+from cellimg_dask.loading.file_array import FileArray
 
 __all__ = [
     "NpyArray",
@@ -148,13 +146,6 @@ class PictureArray(FileArray):
         """Return a view of a box."""
         view: NDArray[Any] = self.memory()[box]
         return view
-
-    def content(self, boxes: Sequence[Box]) -> Any:
-        """Return the file's place, size and time of change."""
-        if not self._location.is_local:
-            return None
-        path = self._location.path.resolve()
-        return [self._kind, str(path), file_state(path)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PictureArray, (self._location, self._kind)

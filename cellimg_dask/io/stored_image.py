@@ -15,6 +15,7 @@ from cellimg_dask.geometry import CellGrid, Roi, Space, tiles
 from cellimg_dask.image.describe import size_text
 from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.indexing import take_boxes
+from cellimg_dask.image.labelled import to_xarray
 from cellimg_dask.image.space_of import Placed
 from cellimg_dask.io.listing import found_at
 from cellimg_dask.io.location import Location
@@ -24,6 +25,7 @@ from cellimg_dask.loading.readers import native, quick_source
 
 if TYPE_CHECKING:
     import dask.array
+    import xarray
 
 __all__ = ["StoredImage"]
 
@@ -206,6 +208,10 @@ class StoredImage(StandsFor, Gridded, Placed):
         import dask.array
 
         return dask.array.from_array(self, self.chunks)
+
+    def to_xarray(self, name: str | None = None) -> xarray.DataArray:
+        """Return the image as a lazy array of xarray; see `CellImg.to_xarray`."""
+        return to_xarray(self.to_dask(), self.space, name)
 
     # ------------------------------------------------------------------ life
 

@@ -308,7 +308,7 @@ def list_zarr(location: Location) -> list[ListedArray]:
     with _no_warnings():
         members = dict(node.members(max_depth=None))
     levels: dict[str, tuple[str, ...] | None] = {}
-    for prefix, group in {"": node, **members}.items():
+    for prefix, group in {"": node, **dict(sorted(members.items()))}.items():
         multiscale = None if _is_array(group) else multiscale_of(dict(group.attrs))
         if multiscale is not None:
             levels |= {joined(prefix, level): multiscale.axes for level in multiscale.paths}

@@ -33,16 +33,22 @@ def files(_written):
     return {path.name: path for path in sorted(_written.iterdir())}
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # Many connect at once; who is not let in tries again after a second.
+
+
 @pytest.fixture
 def http_server():
     """Serve folders: ``http_server(folder)`` gives the URL, and a list of what was asked for."""
     servers = []
 
-    def serve(folder, *, has_ranges=True):
+    def serve(folder, *, has_ranges=True, status=404):
         asked = []
 
         class Handler(http.server.SimpleHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Head and body in one packet, as the second waits for the first otherwise.
+            wbufsize = 1 << 16
 
             def log_message(self, *arguments):
                 asked.append(self.requestline)
@@ -51,6 +57,9 @@ def http_server():
                 path = Path(self.translate_path(self.path))
                 if path.is_dir():
                     self.send_error(404)
+                    return None
+                if status != 404:
+                    self.send_error(status)
                     return None
                 wanted = self.headers.get("Range")
                 if not has_ranges or wanted is None or not path.is_file():
@@ -76,9 +85,7 @@ def http_server():
                     self.send_header("Accept-Ranges", "bytes")
                 super().end_headers()
 
-        server = http.server.ThreadingHTTPServer(
-            ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
-        )
+        server = _Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         servers.append((server, thread))

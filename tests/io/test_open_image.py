@@ -17,7 +17,6 @@ import zarr
 from image_files import fingerprint
 
 import cellimg_dask as ci
-from cellimg_dask.image.graph import graph_of
 from cellimg_dask.io.listing import list_images
 from cellimg_dask.io.open_image import open_image
 from cellimg_dask.loading.readers import make_reader, stored_array
@@ -265,6 +264,19 @@ def test_a_zarr_image_is_read_and_known_as_the_bare_array(files):
     assert content_key(image) == content_key(bare)
 
 
+def test_also_where_a_chunk_is_larger_than_the_image(tmp_path, volume):
+    array = zarr.create_array(tmp_path / "a.zarr", data=volume, chunks=(64, 64, 64))
+    image = open_image(tmp_path / "a.zarr")
+    assert image.chunks == ((6,), (40,), (50,))
+    assert ci.map_cells(np.negative, image).cell_shape == (64, 64, 64)
+    assert content_key(image) == content_key(array)
+
+
+def test_the_store_of_an_array_may_not_be_written_to(files):
+    with pytest.raises((ValueError, TypeError), match="written"):
+        ci.Source(open_image(files["v3.zarr"]))
+
+
 def content_key(array, cell=0):
     from cellimg_dask.loading.content import ContentKeys
 
@@ -318,7 +330,7 @@ def test_dask_reads_it_and_names_it_by_its_place(files, name, volume):
 
 def test_it_is_named_in_the_graph_of_an_image(files):
     image = open_image(files["pyramid.n5"])
-    assert "N5 pyramid.n5/raw/s0" in str(graph_of(ci.map_cells(np.negative, image).node))
+    assert "N5 pyramid.n5/raw/s0" in str(ci.map_cells(np.negative, image).graph())
 
 
 # ---------------------------------------------------------------------- elsewhere
@@ -345,7 +357,11 @@ def test_from_memory_of_fsspec(files, name, volume, memory_system):
     assert after == before
 
 
-@pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.parametrize(
+    ("name", "has_ranges"),
+    # Of a shard, parts are read.
+    [*((name, True) for name in EVERY), *((n, False) for n in EVERY if n != "sharded.zarr")],
+)
 def test_over_http(files, name, volume, http_server, has_ranges):
     folder = files[name].parent
     before = fingerprint(files[name])
@@ -355,13 +371,11 @@ def test_over_http(files, name, volume, http_server, has_ranges):
         with pytest.raises(ValueError, match="name="):
             open_image(f"{url}/{name}")
         image = open_image(f"{url}/{name}", name="raw")
-    elif not has_ranges and name == "sharded.zarr":
-        pytest.skip("parts of a shard cannot be had without ranges")
     else:
         image = open_image(f"{url}/{name}")
     with image:
         np.testing.assert_array_equal(image, expected(name, volume))
-        assert [level.shape for level in image.levels][0] == image.shape
+        assert image.levels[0] is image
     assert fingerprint(files[name]) == before
 
 
@@ -396,6 +410,29 @@ def test_inside_a_zip(files, name, volume, tmp_path):
         np.testing.assert_array_equal(image, volume)
         assert "packed.zip" in image.url
     assert fingerprint(tmp_path) == before
+
+
+def test_a_slash_at_the_end_makes_no_difference(files, volume, http_server):
+    url, _ = http_server(files["ome-0.5.zarr"].parent)
+    with open_image(f"{url}/ome-0.5.zarr/") as image:
+        np.testing.assert_array_equal(image, volume)
+        np.testing.assert_array_equal(image.labels["nuclei"], volume // 700)
+    with open_image(f"{files['pyramid.n5']}/") as image:
+        np.testing.assert_array_equal(image, volume)
+
+
+def test_what_a_server_refuses_is_said(files, tmp_path, http_server):
+    url, _ = http_server(tmp_path, status=403)
+    with pytest.raises(OSError, match="403"):
+        open_image(f"{url}/a.zarr")
+
+
+def test_xarray_gets_names_and_places(files, volume):
+    with open_image(files["ome-0.5.zarr"]) as image:
+        array = image.to_xarray("em")
+        assert array.dims == ("z", "y", "x")
+        assert array.coords["z"].values[1] == 104.0
+        np.testing.assert_array_equal(array, volume)
 
 
 def test_file_urls_are_paths(files, volume):
@@ -550,7 +587,7 @@ def test_several_images_are_listed(tmp_path, volume):
     group = zarr.create_group(tmp_path / "a.zarr")
     group.create_array("first", data=volume)
     group.create_array("deep/second", data=volume + 1)
-    with pytest.raises(ValueError, match="deep/second, first.*name='deep/second'"):
+    with pytest.raises(ValueError, match=r"deep/second, first.*name='deep/second'"):
         open_image(tmp_path / "a.zarr")
     np.testing.assert_array_equal(open_image(tmp_path / "a.zarr", name="deep/second"), volume + 1)
     with pytest.raises(ValueError, match="no image 'third'; it has: deep/second, first"):
