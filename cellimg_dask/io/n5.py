@@ -157,11 +157,6 @@ def find_n5(location: Location, name: str | None) -> Found:
     names = _images(location, path)
     if name is not None and not names:
         choose(location, name, _images(location, ""), "N5")
-    if not names and not location.is_local:
-        raise UnreadableError(
-            f"{location.below(path).url} (N5) lists no data sets, perhaps because the server does "
-            f"not tell what is in a folder; say which one is meant: name=…"
-        )
     chosen = choose(location.below(path), None, names, "N5")
     return find_n5(location, joined(path, chosen))
 

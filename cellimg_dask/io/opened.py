@@ -151,7 +151,12 @@ def choose(location: Location, name: str | None, names: Sequence[str], what: str
         return name
     listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     if not names:
-        raise UnreadableError(f"{location.url} ({what}) holds no array")
+        hint = (
+            ""
+            if location.is_local
+            else ", or the server does not tell what is in a folder: say which one is meant, name=…"
+        )
+        raise UnreadableError(f"{location.url} ({what}) holds no array{hint}")
     if name is not None:
         raise UnreadableError(f"{location.url} ({what}) has no image {name!r}; it has: {listed}")
     if len(names) > 1:

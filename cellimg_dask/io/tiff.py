@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -24,6 +25,8 @@ __all__ = ["TiffArray", "find_tiff", "list_tiff"]
 
 _UNKNOWN_AXES = "iq"
 _UNCOMPRESSED = 1
+_LARGEST_PAGE_BYTES = 32 << 20
+_STRIPS_BYTES = 4 << 20
 
 
 class _TiffHandle:
@@ -88,6 +91,8 @@ class TiffArray(FileArray):
         self.shape = tuple(int(extent) for extent in found.shape)
         self.dtype = np.dtype(found.dtype)
         self.chunks = tuple(int(extent) for extent in found.chunks)
+        if not self._by_page and not self._is_tiled:
+            self.chunks = _joined_strips(self.chunks, self.shape, self.dtype.itemsize)
         self.label = f"TIFF {handle.location.last_name}"
 
     def _open(self) -> Any:
@@ -97,10 +102,13 @@ class TiffArray(FileArray):
             file = self._handle.file()
             if self._read_from is not file:
                 series = file.series[self._series].levels[self._level]
+                self._is_tiled = series.keyframe.is_tiled
+                self._by_page = _is_read_by_page(series.keyframe)
                 compressed = series.keyframe.compression != _UNCOMPRESSED
                 # Decoded by several threads; by itself it does so for some compressions only.
                 workers = max(2, os.cpu_count() or 1) if compressed else None
-                store = series.aszarr(level=0, maxworkers=workers)
+                mode = "page" if self._by_page else "strile"
+                store = series.aszarr(level=0, chunkmode=mode, maxworkers=workers)
                 self._array = zarr.open_array(store, mode="r")
                 self._read_from = file
             return self._array
@@ -119,6 +127,23 @@ class TiffArray(FileArray):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _arrived, (self._handle.location, self._series, self._level)
+
+
+def _is_read_by_page(page: Any) -> bool:
+    """Whether a page is read as a whole: its strips are often of a few rows only."""
+    return not page.is_tiled and page.nbytes <= _LARGEST_PAGE_BYTES
+
+
+def _joined_strips(
+    chunks: tuple[int, ...], shape: tuple[int, ...], itemsize: int
+) -> tuple[int, ...]:
+    """Return the shape of as many strips of a large page as are read well together."""
+    for axis in reversed(range(len(shape))):
+        if chunks[axis] < shape[axis]:
+            count = max(1, _STRIPS_BYTES // (itemsize * math.prod(chunks)))
+            rows = min(shape[axis], chunks[axis] * count)
+            return (*chunks[:axis], rows, *chunks[axis + 1 :])
+    return chunks
 
 
 def _arrived(location: Location, series: int, level: int) -> TiffArray:

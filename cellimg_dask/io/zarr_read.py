@@ -51,8 +51,7 @@ class _Store:
         import zarr
 
         try:
-            with _no_warnings():
-                return zarr.open(self.store, path=path or None, mode="r")
+            return zarr.open(self.store, path=path or None, mode="r")
         except _ABSENT:
             return None
         except (json.JSONDecodeError, TypeError, ValueError, AttributeError) as error:
@@ -70,8 +69,7 @@ class _Store:
 @contextmanager
 def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        # Other files may lie between the arrays, as OME-XML does; consolidated metadata of
-        # version 3 and some data types are not in the specification yet.
+        # Other files may lie between the arrays, as OME-XML does.
         warnings.simplefilter("ignore")
         yield
 
@@ -322,8 +320,7 @@ def _listed(store: _Store, array: Any, name: str, axes: tuple[str, ...] | None) 
     if axes is None or len(axes) != array.ndim:
         names = _dimensions(array)
         axes = None if names is None else tuple(names)
-    with _no_warnings():
-        codecs = [_codec_name(codec) for codec in (*array.filters, *array.compressors)]
+    codecs = [_codec_name(codec) for codec in (*array.filters, *array.compressors)]
     return ListedArray(
         _kind(array),
         name,

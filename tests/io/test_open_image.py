@@ -179,15 +179,10 @@ def test_levels_go_on_as_levels(files, name, volume):
 def test_it_is_an_input_as_its_array_is(files, name, volume):
     with open_image(files[name]) as image:
         whole = expected(name, volume)
-
-        def blurred(a):
-            return a[1:-1, 1:-1] + a[2:, 1:-1] + a[1:-1, :-2] if a.ndim == 2 else a.sum(axis=0)
-
-        halo = {"halo": ((0, 0), (0, 0))}
-        options = {"dtype": "f8"} | (halo if whole.ndim == 2 else {"drop_axis": 0})
-        result = ci.map_cells(_total, image, params={"ndim": whole.ndim}, **options)
+        drop = {"drop_axis": 0} if whole.ndim == 3 else {}
+        result = ci.map_cells(_total, image, params={"ndim": whole.ndim}, dtype="f8", **drop)
         np.testing.assert_array_equal(result, _total(whole, whole.ndim))
-        assert result.space.scale[-1] == image.scale[-1]
+        assert result.space.scale == image.scale[-2:]
 
 
 def _total(a, ndim):
@@ -380,10 +375,7 @@ def test_over_http(files, name, volume, http_server, has_ranges):
 
 
 def test_of_a_file_far_away_only_what_is_needed_is_fetched(tmp_path, http_server, volume):
-    import tifffile
-
-    big = np.tile(volume, (1, 16, 16))
-    tifffile.imwrite(tmp_path / "big.tif", big, photometric="minisblack", tile=(64, 64))
+    big = np.tile(volume, (1, 4, 4))
     np.save(tmp_path / "big.npy", np.zeros((64, 1 << 17)))
     zarr.create_array(tmp_path / "big.zarr", data=big, chunks=(2, 64, 64))
     url, asked = http_server(tmp_path)
