@@ -106,7 +106,7 @@ class Field:
         """Return what a cell reads; an empty Roi where it lies outside altogether."""
         found = self._memory.box(roi)
         if found is None:
-            start, stop = ([side[axis] for axis in self.out_mapped] for side in (roi.start, roi.stop))
+            start, stop = self._mapped_ends(roi)
             coordinates = None
             if isinstance(self.transform, Bounded):
                 low, high = self._bounds(start, stop)
@@ -125,13 +125,21 @@ class Field:
         known = self._memory.take(roi)
         if known is not None:
             return iter(known)
-        start, stop = ([side[axis] for axis in self.out_mapped] for side in (roi.start, roi.stop))
+        start, stop = self._mapped_ends(roi)
         return self._computed(start, stop)
+
+    def _mapped_ends(self, roi: Roi) -> tuple[list[int], list[int]]:
+        return (
+            [roi.start[axis] for axis in self.out_mapped],
+            [roi.stop[axis] for axis in self.out_mapped],
+        )
 
     def inside(self, coordinates: Floats) -> NDArray[np.bool_]:
         """Return which coordinates lie in the input, between the centres of its outer voxels."""
         ends = np.array([self.shape[axis] for axis in self.mapped])[:, None] - 1
-        found: NDArray[np.bool_] = ((coordinates >= 0) & (coordinates <= ends)).all(axis=0)
+        found: NDArray[np.bool_] = np.logical_and.reduce(
+            (coordinates >= 0) & (coordinates <= ends), axis=0
+        )
         return found
 
     def _bounds(self, start: list[int], stop: list[int]) -> tuple[Floats, Floats]:

@@ -19,7 +19,7 @@ _AT_A_TIME = 1 << 14
 """So many points are transformed together: what is in between stays in the processor's cache."""
 _CUTS = 7
 """How often at most a box is cut to find where it comes to lie."""
-_MOST_PARTS = 1200
+_MOST_PARTS = 600
 """So many parts of a box are looked at together, at most."""
 _LOOSE = 0.01
 """How much wider than necessary the box that is found may be."""
@@ -69,7 +69,9 @@ class ThinPlateSpline:
         for name in ("source_points", "target_points"):
             points = as_numbers(getattr(self, name), name)
             if points.ndim != 2 or points.shape[1] == 0:
-                raise ValueError(f"{name} must have the shape (landmarks, axes), got {points.shape}")
+                raise ValueError(
+                    f"{name} must have the shape (landmarks, axes), got {points.shape}"
+                )
             object.__setattr__(self, name, points)
         if len(self.source_points) != len(self.target_points):
             raise ValueError(
@@ -297,4 +299,5 @@ def _remainders(distances: Floats, reach: float) -> Floats:
     shortest = np.minimum(reach, 2 * ends)
     drop = shortest * (1 + np.log(2 * ends / shortest))
     near = reach**2 * (np.abs(farthest - typical) + 0.5) + 2 * reach * drop
-    return np.minimum(far, near)
+    least: Floats = np.minimum(far, near)
+    return least

@@ -112,7 +112,7 @@ class Affine:
         for first, last in ((low, high), (high, low)):
             # For each row its own corner, where each term is least, then greatest.
             corners = np.where(self.matrix >= 0, first, last)
-            ends.append(np.array([self(corner[None])[0, row] for row, corner in enumerate(corners)]))
+            ends.append(self(corners).diagonal())
         return ends[0], ends[1]
 
 
@@ -227,6 +227,7 @@ def _fixed(numbers: Floats) -> Floats:
 
 
 def checked_points(points: Any, num_axes: int) -> Floats:
+    """Return points as float64; `ValueError` if they have not as many axes."""
     given: Floats = np.asarray(points, np.float64)
     if given.ndim != 2 or given.shape[1] != num_axes:
         raise ValueError(f"points must have the shape (n, {num_axes}), got {given.shape}")

@@ -175,7 +175,7 @@ class _Frame:
     def of(
         cls, like: Any, shape: Any, item: Input, own: Space, kept: tuple[int, ...], move: Transform
     ) -> _Frame:
-        """Read what the user says of the result; ``own`` is the space of the image's warped axes."""
+        """Read what the user says; ``own`` is the space of the image's axes that are warped."""
         ndim = getattr(move, "num_axes_in", None)
         model = item.array
         if like is None:
@@ -238,9 +238,7 @@ def _with(values: Iterable[int], places: Iterable[int], more: Iterable[int]) -> 
     return found
 
 
-def _with_kept(
-    space: Space, own: Space, places: tuple[int, ...], kept: tuple[int, ...]
-) -> Space:
+def _with_kept(space: Space, own: Space, places: tuple[int, ...], kept: tuple[int, ...]) -> Space:
     """Return a space with axes of the image's put in."""
     names = None if space.axes is None or own.axes is None else list(space.axes)
     units, scale, shifts = list(space.units), list(space.scale), list(space.translation)
@@ -280,12 +278,13 @@ def _coefficients(
     queue: BlockQueue | None,
 ) -> Input:
     """Return the coefficients of the image's spline."""
+    wide = PREFILTER_HALO[order]
     return Input(
         map_cells(
             Prefilter(order),
             Input(item.array, version=item.version),
             dtype=np.complex128 if _dtype_of(item.array).kind == "c" else np.float64,
-            halo=[PREFILTER_HALO[order] if axis in mapped else 0 for axis in range(len(item.shape))],
+            halo=[wide if axis in mapped else 0 for axis in range(len(item.shape))],
             params={"axes": mapped},
             # Each is read by several cells.
             cache="shared" if cache is None else cache,
