@@ -106,7 +106,8 @@ def mesh(
     image, space = _as_image(labels), space_of(labels)
     steps = as_ints(step_size, "step_size", ndim=3, minimum=1)
     single = not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0
-    wanted = [as_int(label, "ids") for label in ([ids] if single else ids)]  # type: ignore[union-attr, list-item]
+    given: Any = [ids] if single else ids
+    wanted = [as_int(label, "ids") for label in given]
     if 0 in wanted:
         raise ValueError("0 is the background, which is no object")
     if boxes is not None and seeds is not None:
