@@ -240,6 +240,8 @@ def _with(values: Iterable[int], places: Iterable[int], more: Iterable[int]) -> 
 
 def _with_kept(space: Space, own: Space, places: tuple[int, ...], kept: tuple[int, ...]) -> Space:
     """Return a space with axes of the image's put in."""
+    if not kept:
+        return space
     names = None if space.axes is None or own.axes is None else list(space.axes)
     units, scale, shifts = list(space.units), list(space.scale), list(space.translation)
     for place, axis in zip(places, kept, strict=True):
