@@ -19,7 +19,7 @@ _AT_A_TIME = 1 << 14
 """So many points are transformed together: what is in between stays in the processor's cache."""
 _CUTS = 7
 """How often at most a box is cut to find where it comes to lie."""
-_MOST_PAIRS = 1 << 16
+_MOST_PAIRS = 1 << 17
 """With more pairs of a part of a box and a landmark the parts are not cut further."""
 _LOOSE = 0.01
 """How much wider than necessary the box that is found may be."""
