@@ -916,7 +916,7 @@ def test_a_nested_index_map_is_asked_from_above():
     expected = [
         cell.index
         for cell in grid.cells_in(ci.Roi((800, 1800, 2800), (1400, 2200, 3300)))
-        if shifted((3, -5, 0))(cell.roi).grow(8).intersect(edited).size
+        if shifted((3, -5, 0))(cell.roi).grow(ci.Halo.of(8, 3)).intersect(edited).size
     ]
     assert list(cells) == sorted(expected)
     # Of a change of everything only membership is known.
