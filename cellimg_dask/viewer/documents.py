@@ -18,6 +18,7 @@ __all__ = [
     "array_v2",
     "array_v3",
     "as_bytes",
+    "check_dtype",
     "chunk_shape",
     "group_v3",
     "image_documents",
@@ -155,6 +156,24 @@ def root_documents(images: Mapping[str, Mapping[str, Any]], version: OmeVersion)
 def as_bytes(document: Any) -> bytes:
     """Return a document as it is sent."""
     return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def check_dtype(dtype: np.dtype[Any]) -> None:
+    """Refuse a dtype that zarr cannot name.
+
+    Raises
+    ------
+    ValueError
+        That says so.
+    """
+    try:
+        for zarr_format in (3, 2):
+            _zarr_type(dtype, np.zeros((), dtype)[()], zarr_format)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"images of dtype {dtype} cannot be served: zarr has no such type; map_cells with "
+            f"another dtype="
+        ) from error
 
 
 def _consolidated_v2(documents: Mapping[str, Any]) -> dict[str, Any]:

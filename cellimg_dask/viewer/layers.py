@@ -16,6 +16,7 @@ from cellimg_dask.image.input import Input, checked_fill
 from cellimg_dask.image.space_of import space_of
 from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Pyramid, original, pyramid
+from cellimg_dask.viewer.documents import check_dtype
 
 __all__ = ["Layer", "Layers", "as_layer", "as_layers"]
 
@@ -90,6 +91,7 @@ class Layer:
         first = self.images[0]
         if self.kind == "labels" and first.dtype.kind not in "biu":
             raise ValueError(f"labels are integers, this image has dtype {first.dtype}")
+        check_dtype(first.dtype)
         self.contrast = _contrast(contrast)
         """Values that are shown black and white."""
         self.color = _color(color)
