@@ -69,10 +69,7 @@ def array_v2(
     grid: CellGrid, dtype: np.dtype[Any], fill_value: Any, codec: Codec | None
 ) -> dict[str, Any]:
     """Return the ``.zarray`` of an array."""
-    compressor = None
-    if codec is not None:
-        more = {"checksum": False} if codec == "zstd" else {}
-        compressor = {"id": codec, "level": _LEVELS[codec], **more}
+    compressor = None if codec is None else {"id": codec, "level": _LEVELS[codec]}
     data_type, fill = _zarr_type(dtype, fill_value, 2)
     return {
         "zarr_format": 2,
