@@ -480,7 +480,7 @@ def _mapped_space(
 
 def _filled_space(grid: CellGrid, items: Iterable[Input]) -> Space:
     """Return the space of an image with a grid of its own."""
-    same = [item for item in items if item.shape == grid.shape]
+    same = [item for item in items if item.index_map is None and item.shape == grid.shape]
     return common_space(same) if same else Space.of(grid.ndim)
 
 
