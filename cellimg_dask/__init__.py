@@ -42,6 +42,8 @@ from cellimg_dask.image.input import Input
 from cellimg_dask.image.request import Request
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.stats import stats
+from cellimg_dask.io.open_image import open_image
+from cellimg_dask.io.stored_image import StoredImage
 from cellimg_dask.io.write_ome_zarr import OmeZarrReport, write_ome_zarr
 from cellimg_dask.loading.watch import Change
 from cellimg_dask.ops.blobs import merge_blobs, prune_blobs
@@ -64,6 +66,9 @@ from cellimg_dask.queues.rules import BlockUpdate
 from cellimg_dask.schemas.block_schema import BlockSchema
 from cellimg_dask.schemas.describe import describe
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
+from cellimg_dask.viewer.app import asgi_app
+from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.viewer.serving import Server, serve
 
 __all__ = [
     "Array",
@@ -88,6 +93,7 @@ __all__ = [
     "InitError",
     "Input",
     "LabelImg",
+    "Layer",
     "NamedFunction",
     "NoContentError",
     "NoWorkersError",
@@ -103,13 +109,16 @@ __all__ = [
     "Roi",
     "RunReport",
     "SaveError",
+    "Server",
     "Source",
     "SourceChangedError",
     "Space",
     "Statistics",
+    "StoredImage",
     "TargetInUseError",
     "Worker",
     "WorkerDiedError",
+    "asgi_app",
     "blob_dog",
     "blob_log",
     "describe",
@@ -126,6 +135,7 @@ __all__ = [
     "merge_blobs",
     "merge_stack",
     "normalize",
+    "open_image",
     "prune_blobs",
     "pyramid",
     "quantiles",
@@ -133,6 +143,7 @@ __all__ = [
     "region_table",
     "run",
     "segment",
+    "serve",
     "set_cache",
     "shared",
     "split_stack",
