@@ -1,0 +1,179 @@
+"""The page that shows a view: neuroglancer's own, with a script of ours, and what they exchange.
+
+This module imports neuroglancer and tornado; it is imported where a view is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.resources
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import neuroglancer
+import tornado.web
+from neuroglancer import viewer_base
+from neuroglancer.server import Server as NeuroglancerServer
+
+__all__ = ["Page", "PageViewer"]
+
+_logger = logging.getLogger("cellimg_dask")
+
+_SCRIPT = "@cellimg.js"
+
+
+class Page(NeuroglancerServer):  # type: ignore[misc]
+    """The server of one view's page.
+
+    neuroglancer has one server for a whole process, which is not stopped with a view, and whose
+    page is the same for everybody. So each view has a server of its own.
+
+    Notes
+    -----
+    Thread-safe. Messages of the page are answered one after the other, on a thread of their own.
+    """
+
+    def __init__(
+        self, token: str, host: str, port: int, answer: Callable[[dict[str, Any]], Any]
+    ) -> None:
+        self.answer = answer
+        """Called with each message of the page; returns what the page gets as JSON."""
+        self.facts: dict[str, Any] = {}
+        """What pages know: sent to each when it is opened, and again when it changes."""
+        self._pages: set[asyncio.Event] = set()
+        self._answering = ThreadPoolExecutor(1, "cellimg-page")
+        super().__init__(bind_address=host, bind_port=port, token=token)
+
+    def _attempt_to_start_server(self) -> None:
+        super()._attempt_to_start_server()
+        here = f"/v/{self.token}/"
+        self.app.add_handlers(
+            ".*",
+            [
+                (here, _Frame, {"page": self}),
+                (here + _SCRIPT, _Script),
+                (here + "@message", _Message, {"page": self}),
+                (here + "@facts", _Facts, {"page": self}),
+            ],
+        )
+
+    @property
+    def num_open(self) -> int:
+        """How many pages are open."""
+        return len(self._pages)
+
+    def tell(self, **facts: Any) -> None:
+        """Tell all pages of a change; changes that follow one another quickly are told as one."""
+        self.facts = {**self.facts, **facts}
+        self.loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        for event in self._pages:
+            event.set()
+
+    def stop(self) -> None:
+        """End the server and its threads."""
+        super().stop()
+        self._answering.shutdown(wait=True, cancel_futures=True)
+        self.executor.shutdown(wait=False)
+
+
+class PageViewer(neuroglancer.Viewer):  # type: ignore[misc]
+    """neuroglancer's viewer, on the server of its own page."""
+
+    def __init__(self, page: Page) -> None:
+        # Not the constructor of Viewer, which would start the server of the process.
+        viewer_base.ViewerBase.__init__(self, token=page.token)
+        self._page = page
+        page.viewers[self.token] = self
+
+    def get_viewer_url(self) -> str:
+        """Return where the page is."""
+        return f"{self._page.server_url}/v/{self.token}/"
+
+    def defer_callback(self, callback: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call something on the server's thread."""
+        self._page.loop.call_soon_threadsafe(lambda: callback(*args, **kwargs))
+
+
+class _Frame(tornado.web.RequestHandler):  # type: ignore[misc]
+    """The page itself."""
+
+    def initialize(self, page: Page) -> None:
+        self.page = page
+
+    def get(self) -> None:
+        from neuroglancer.static import get_default_static_content_source
+
+        html, _ = get_default_static_content_source().get("", "")
+        script = f'<script defer src="{_SCRIPT}"></script></head>'.encode()
+        self.set_header("Content-Type", "text/html; charset=utf-8")
+        self.set_header("Cache-Control", "no-store")
+        self.finish(html.replace(b"</head>", script, 1))
+
+
+class _Script(tornado.web.RequestHandler):  # type: ignore[misc]
+    """The script that paints, and that has the page fetch again what has changed."""
+
+    def get(self) -> None:
+        self.set_header("Content-Type", "text/javascript; charset=utf-8")
+        self.set_header("Cache-Control", "no-store")
+        self.finish(importlib.resources.files(__package__).joinpath("frame.js").read_bytes())
+
+
+class _Message(tornado.web.RequestHandler):  # type: ignore[misc]
+    """What the page says."""
+
+    def initialize(self, page: Page) -> None:
+        self.page = page
+
+    async def post(self) -> None:
+        try:
+            message = json.loads(self.request.body)
+            if not isinstance(message, dict):
+                raise ValueError("a message is an object")
+            loop = asyncio.get_running_loop()
+            reply = await loop.run_in_executor(self.page._answering, self.page.answer, message)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            self.set_status(400)
+            self.finish({"error": str(error)})
+        except Exception as error:
+            _logger.exception("a message of the viewer's page could not be answered")
+            self.set_status(500)
+            self.finish({"error": str(error)})
+        else:
+            self.finish({} if reply is None else reply)
+
+
+class _Facts(tornado.web.RequestHandler):  # type: ignore[misc]
+    """What the page is told, as server-sent events."""
+
+    def initialize(self, page: Page) -> None:
+        self.page = page
+        self.news = asyncio.Event()
+        self.closed = False
+
+    async def get(self) -> None:
+        self.set_header("Content-Type", "text/event-stream")
+        self.set_header("Cache-Control", "no-cache")
+        self.news.set()
+        self.page._pages.add(self.news)
+        try:
+            while True:
+                await self.news.wait()
+                self.news.clear()
+                if self.closed:
+                    return
+                self.write(f"data: {json.dumps(self.page.facts)}\n\n")
+                await self.flush()
+        except tornado.iostream.StreamClosedError:
+            return
+        finally:
+            self.page._pages.discard(self.news)
+
+    def on_connection_close(self) -> None:
+        self.closed = True
+        self.news.set()
