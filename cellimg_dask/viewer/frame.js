@@ -35,7 +35,7 @@
     const objects = viewer.chunkManager?.rpc?.objects;
     if (typeof queue?.applyChunkUpdate !== "function" || !(objects instanceof Map)) return null;
     const outdated = new Map(); // Source of chunks -> keys of chunks that are there from before.
-    const layers = new Map(); // Name -> {since, again} while its chunks are fetched.
+    const layers = new Map(); // Name -> {since, next} while its chunks are fetched.
 
     const apply = queue.applyChunkUpdate;
     queue.applyChunkUpdate = function (update) {
@@ -74,7 +74,7 @@
       return true;
     };
 
-    const finish = (name, prefix) => {
+    const finish = (prefix) => {
       for (const source of sourcesOf(prefix)) {
         for (const key of outdated.get(source) ?? []) {
           if (source.chunks.has(key)) source.deleteChunk(key);
@@ -84,8 +84,8 @@
       queue.visibleChunksChanged.dispatch();
     };
 
-    const begin = (name, prefix) => {
-      const state = { since: performance.now(), again: false };
+    const begin = (name, prefix, edition) => {
+      const state = { since: performance.now(), next: null };
       layers.set(name, state);
       for (const source of sourcesOf(prefix)) {
         if (!outdated.has(source)) outdated.set(source, new Set());
@@ -94,11 +94,12 @@
       const look = () => {
         const elapsed = performance.now() - state.since;
         const done = elapsed > 200 && isComplete(name);
-        if (done) finish(name, prefix);
-        if (done || (state.again && elapsed > 2000)) {
+        if (done) finish(prefix);
+        // Whoever goes on painting sees something even where a cell takes long.
+        if (done || (state.next !== null && elapsed > 2000)) {
           layers.delete(name);
-          if (state.again) begin(name, prefix);
-          else refresher.onDone(name);
+          if (done) refresher.onDone(name, edition);
+          if (state.next !== null) begin(name, prefix, state.next);
         } else {
           setTimeout(look, 50);
         }
@@ -107,12 +108,11 @@
     };
 
     const refresher = {
-      refresh(name, prefix) {
+      refresh(name, prefix, edition) {
         const state = layers.get(name);
-        if (state === undefined) begin(name, prefix);
-        else state.again = true;
+        if (state === undefined) begin(name, prefix, edition);
+        else state.next = edition;
       },
-      isBusy: () => layers.size > 0,
       onDone() {},
     };
     return refresher;
@@ -349,25 +349,40 @@
 
   // ------------------------------------------------------------------ what we are told
 
+  const editionsOf = (facts) =>
+    Object.fromEntries(
+      Object.entries(facts.layers ?? {}).map(([name, { edition }]) => [name, edition]),
+    );
+
   const start = (viewer) => {
+    let known = editionsOf(window.cellimgFacts ?? {});
     const refresher = makeRefresher(viewer);
     const painter = makePainter(viewer);
-    if (refresher === null) tell({ kind: "cannot refresh" }).catch(report);
-    else refresher.onDone = painter.clear;
-    let known = null;
-    const facts = new EventSource(`${base}@facts`);
-    facts.onmessage = (event) => {
-      const now = JSON.parse(event.data);
-      painter.set(now.brush ?? null);
-      if (refresher !== null) {
+    if (refresher === null) {
+      tell({ kind: "cannot refresh" }).catch(report);
+    } else {
+      refresher.onDone = (name, edition) => {
+        painter.clear();
+        tell({ kind: "shown", layers: { [name]: edition } }).catch(report);
+      };
+    }
+    tell({ kind: "shown", layers: known }).catch(report);
+    const listen = () => {
+      const facts = new EventSource(`${base}@facts`);
+      facts.onmessage = (event) => {
+        const now = JSON.parse(event.data);
+        painter.set(now.brush ?? null);
         for (const [name, { edition, prefix }] of Object.entries(now.layers ?? {})) {
-          if (known !== null && known[name] !== edition) refresher.refresh(name, prefix);
+          if (known[name] !== edition) refresher?.refresh(name, prefix, edition);
         }
-      }
-      known = Object.fromEntries(
-        Object.entries(now.layers ?? {}).map(([name, { edition }]) => [name, edition]),
-      );
+        known = editionsOf(now);
+      };
+      facts.onerror = () => {
+        // A browser gives up where the connection is refused.
+        if (facts.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
+      };
     };
+    listen();
     window.cellimg = { refresher, painter };
   };
 

@@ -18,14 +18,14 @@ import tornado.web
 from neuroglancer import viewer_base
 from neuroglancer.server import Server as NeuroglancerServer
 
-__all__ = ["Page", "PageViewer"]
+__all__ = ["Frame", "FrameViewer"]
 
 _logger = logging.getLogger("cellimg_dask")
 
 _SCRIPT = "@cellimg.js"
 
 
-class Page(NeuroglancerServer):  # type: ignore[misc]
+class Frame(NeuroglancerServer):  # type: ignore[misc]
     """The server of one view's page.
 
     neuroglancer has one server for a whole process, which is not stopped with a view, and whose
@@ -53,10 +53,10 @@ class Page(NeuroglancerServer):  # type: ignore[misc]
         self.app.add_handlers(
             ".*",
             [
-                (here, _Frame, {"page": self}),
+                (here, _Html, {"frame": self}),
                 (here + _SCRIPT, _Script),
-                (here + "@message", _Message, {"page": self}),
-                (here + "@facts", _Facts, {"page": self}),
+                (here + "@message", _Message, {"frame": self}),
+                (here + "@facts", _Facts, {"frame": self}),
             ],
         )
 
@@ -81,35 +81,40 @@ class Page(NeuroglancerServer):  # type: ignore[misc]
         self.executor.shutdown(wait=False)
 
 
-class PageViewer(neuroglancer.Viewer):  # type: ignore[misc]
+class FrameViewer(neuroglancer.Viewer):  # type: ignore[misc]
     """neuroglancer's viewer, on the server of its own page."""
 
-    def __init__(self, page: Page) -> None:
+    def __init__(self, frame: Frame) -> None:
         # Not the constructor of Viewer, which would start the server of the process.
-        viewer_base.ViewerBase.__init__(self, token=page.token)
-        self._page = page
-        page.viewers[self.token] = self
+        viewer_base.ViewerBase.__init__(self, token=frame.token)
+        self._frame = frame
+        frame.viewers[self.token] = self
 
     def get_viewer_url(self) -> str:
         """Return where the page is."""
-        return f"{self._page.server_url}/v/{self.token}/"
+        return f"{self._frame.server_url}/v/{self.token}/"
 
     def defer_callback(self, callback: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call something on the server's thread."""
-        self._page.loop.call_soon_threadsafe(lambda: callback(*args, **kwargs))
+        self._frame.loop.call_soon_threadsafe(lambda: callback(*args, **kwargs))
 
 
-class _Frame(tornado.web.RequestHandler):  # type: ignore[misc]
+class _Html(tornado.web.RequestHandler):  # type: ignore[misc]
     """The page itself."""
 
-    def initialize(self, page: Page) -> None:
-        self.page = page
+    def initialize(self, frame: Frame) -> None:
+        self.frame = frame
 
     def get(self) -> None:
         from neuroglancer.static import get_default_static_content_source
 
         html, _ = get_default_static_content_source().get("", "")
-        script = f'<script defer src="{_SCRIPT}"></script></head>'.encode()
+        # What is the case before anything is fetched, so that no later change is missed.
+        facts = json.dumps(self.frame.facts).replace("<", "\\u003c")
+        script = (
+            f"<script>window.cellimgFacts = {facts};</script>"
+            f'<script defer src="{_SCRIPT}"></script></head>'
+        ).encode()
         self.set_header("Content-Type", "text/html; charset=utf-8")
         self.set_header("Cache-Control", "no-store")
         self.finish(html.replace(b"</head>", script, 1))
@@ -127,8 +132,8 @@ class _Script(tornado.web.RequestHandler):  # type: ignore[misc]
 class _Message(tornado.web.RequestHandler):  # type: ignore[misc]
     """What the page says."""
 
-    def initialize(self, page: Page) -> None:
-        self.page = page
+    def initialize(self, frame: Frame) -> None:
+        self.frame = frame
 
     async def post(self) -> None:
         try:
@@ -136,7 +141,7 @@ class _Message(tornado.web.RequestHandler):  # type: ignore[misc]
             if not isinstance(message, dict):
                 raise ValueError("a message is an object")
             loop = asyncio.get_running_loop()
-            reply = await loop.run_in_executor(self.page._answering, self.page.answer, message)
+            reply = await loop.run_in_executor(self.frame._answering, self.frame.answer, message)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             self.set_status(400)
             self.finish({"error": str(error)})
@@ -151,8 +156,8 @@ class _Message(tornado.web.RequestHandler):  # type: ignore[misc]
 class _Facts(tornado.web.RequestHandler):  # type: ignore[misc]
     """What the page is told, as server-sent events."""
 
-    def initialize(self, page: Page) -> None:
-        self.page = page
+    def initialize(self, frame: Frame) -> None:
+        self.frame = frame
         self.news = asyncio.Event()
         self.closed = False
 
@@ -160,19 +165,19 @@ class _Facts(tornado.web.RequestHandler):  # type: ignore[misc]
         self.set_header("Content-Type", "text/event-stream")
         self.set_header("Cache-Control", "no-cache")
         self.news.set()
-        self.page._pages.add(self.news)
+        self.frame._pages.add(self.news)
         try:
             while True:
                 await self.news.wait()
                 self.news.clear()
                 if self.closed:
                     return
-                self.write(f"data: {json.dumps(self.page.facts)}\n\n")
+                self.write(f"data: {json.dumps(self.frame.facts)}\n\n")
                 await self.flush()
         except tornado.iostream.StreamClosedError:
             return
         finally:
-            self.page._pages.discard(self.news)
+            self.frame._pages.discard(self.news)
 
     def on_connection_close(self) -> None:
         self.closed = True

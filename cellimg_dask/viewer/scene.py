@@ -19,9 +19,11 @@ from cellimg_dask.geometry import Space
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import map_cells
 from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.viewer.work import CACHED, COMPUTING, FAILED, WAITING
 
 __all__ = [
     "as_shown",
+    "contrast_controls",
     "dimensions",
     "factor_of",
     "first_scale",
@@ -31,6 +33,7 @@ __all__ = [
     "place",
     "place_in",
     "source_url",
+    "work_layer",
 ]
 
 _PREFIXES = {
@@ -101,10 +104,8 @@ def _converted(image: CellImg, kind: str) -> CellImg:
     else:
         wanted = "f4"
     function = _magnitude if dtype.kind == "c" else _cast
-    space = image.space
-    return map_cells(
-        function, image, dtype=wanted, params={"dtype": wanted} if function is _cast else None
-    ).with_space(space.axes, space.units, space.scale, space.translation)
+    params = {"dtype": wanted} if function is _cast else None
+    return map_cells(function, image, dtype=wanted, params=params)
 
 
 def _cast(data: NDArray[Any], dtype: str) -> NDArray[Any]:
@@ -251,17 +252,15 @@ void main() {
 """
 
 
-def image_layer(
-    layer: Layer, url: str, contrast: tuple[float, float] | None
-) -> neuroglancer.ImageLayer:
+def image_layer(layer: Layer, url: str) -> neuroglancer.ImageLayer:
     """Return a layer of measured values."""
     made = neuroglancer.ImageLayer(source=url, shader=_SHADER % (layer.color or "white"))
     made.opacity = 1.0 if layer.opacity is None else layer.opacity
     if layer.color is not None:
         # Colours add up, as light does.
         made.blend = "additive"
-    if contrast is not None:
-        made.shader_controls = contrast_controls(contrast)
+    if layer.contrast is not None:
+        made.shader_controls = contrast_controls(layer.contrast)
     return made
 
 
@@ -279,3 +278,19 @@ def labels_layer(layer: Layer, url: str) -> neuroglancer.SegmentationLayer:
     if layer.color is not None:
         made.segment_default_color = layer.color
     return made
+
+
+_WORK_COLORS = {CACHED: "#2a6", COMPUTING: "#fc0", FAILED: "#e22", WAITING: "#38f"}
+
+
+def work_layer(url: str) -> neuroglancer.SegmentationLayer:
+    """Return a layer that shows which cells are there, computed, waited for, failed."""
+    made = neuroglancer.SegmentationLayer(source=url)
+    made.selected_alpha = 0.3
+    made.segment_colors = {state: _long(color) for state, color in _WORK_COLORS.items()}
+    made.pick = False
+    return made
+
+
+def _long(color: str) -> str:
+    return "#" + "".join(2 * digit for digit in color[1:])
