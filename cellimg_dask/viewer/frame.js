@@ -113,6 +113,7 @@
         if (state === undefined) begin(name, prefix, edition);
         else state.next = edition;
       },
+      isBusy: (name) => layers.has(name),
       onDone() {},
     };
     return refresher;
@@ -165,14 +166,13 @@
     return length / Math.hypot(...right.map((step, i) => step * scales[i]));
   };
 
-  const makePainter = (viewer) => {
+  const makePainter = (viewer, refresher) => {
     let brush = null;
     let held = false;
     let stroke = null;
     let pointer = null;
     let number = 0;
     const session = Math.random().toString(36).slice(2);
-    const waiting = []; // Trails that are shown until the layer has been fetched again.
 
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     svg.style.cssText =
@@ -192,6 +192,15 @@
       circle.setAttribute("cy", pointer.clientY);
       circle.setAttribute("r", Math.max(2, pixelsOf(viewer, panel, brush.radius)));
       circle.setAttribute("stroke", brush.erase ? "#f66" : "#ff0");
+    };
+
+    // A trail is shown until the layer shows what was painted.
+    const fade = (trail, layer, patience) => {
+      if (patience > 0 && refresher?.isBusy(layer)) {
+        setTimeout(() => fade(trail, layer, patience - 1), 100);
+      } else {
+        trail.remove();
+      }
     };
 
     const send = async (each) => {
@@ -218,10 +227,7 @@
       } finally {
         each.isSending = false;
       }
-      if (each.done) {
-        waiting.push(each.trail);
-        setTimeout(painter.clear, 5000);
-      }
+      if (each.done) setTimeout(() => fade(each.trail, brush?.layer, 100), 300);
     };
 
     const extend = (event) => {
@@ -340,9 +346,6 @@
         brush = next;
         draw();
       },
-      clear() {
-        while (waiting.length > 0) waiting.shift().remove();
-      },
     };
     return painter;
   };
@@ -357,12 +360,11 @@
   const start = (viewer) => {
     let known = editionsOf(window.cellimgFacts ?? {});
     const refresher = makeRefresher(viewer);
-    const painter = makePainter(viewer);
+    const painter = makePainter(viewer, refresher);
     if (refresher === null) {
       tell({ kind: "cannot refresh" }).catch(report);
     } else {
       refresher.onDone = (name, edition) => {
-        painter.clear();
         tell({ kind: "shown", layers: { [name]: edition } }).catch(report);
       };
     }

@@ -56,6 +56,8 @@ def shoot(
             state.show_panel_borders = False
         if size is not None:
             state.viewer_size = size
+    # The page may draw itself before it has taken its new shape; so the second picture counts.
+    skip = 0 if controls else 1
     try:
         while True:
             done = threading.Event()
@@ -69,9 +71,10 @@ def shoot(
             if not done.wait(left()):
                 raise TimeoutError(_why(seen, timeout))
             picture = found[0]
-            # The page may have drawn itself before it heard of the size.
             if size is None or (picture.width, picture.height) == size:
-                return bytes(picture.image)
+                if not skip:
+                    return bytes(picture.image)
+                skip -= 1
     finally:
         if size is not None or not controls:
             with viewer.config_state.txn() as state:
@@ -83,9 +86,7 @@ def shoot(
 def _why(seen: list[Any], timeout: float | None) -> str:
     if not seen:
         return f"no page has drawn the view within {timeout:g} s; is it open and visible?"
-    total = seen[-1].screenshot_statistics.total if hasattr(
-        seen[-1], "screenshot_statistics"
-    ) else seen[-1].total
+    total = seen[-1].total
     return (
         f"{total.visible_chunks_gpu_memory} of {total.visible_chunks_total} visible chunks were "
         f"there within {timeout:g} s, {total.visible_chunks_downloading} were being fetched; "

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellimg_dask.geometry import as_int
+from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.viewer.browser import Browser
 from cellimg_dask.viewer.contrast import find_contrast
 from cellimg_dask.viewer.layers import Layer, as_layers
 from cellimg_dask.viewer.serving import Server, serve
+from cellimg_dask.viewer.units import factor_of, voxels_at
 
 if TYPE_CHECKING:
     from cellimg_dask.viewer.landmarks import Landmarks
@@ -83,8 +84,9 @@ class View:
         self.viewer: Any = FrameViewer(self._frame)
         """The ``neuroglancer.Viewer``, for all that is not offered here."""
         try:
+            placed = [layer.space for layer in given.values()]
             for name, layer in given.items():
-                self._prepare(name, layer)
+                self._prepare(name, layer, placed)
             self._begin(layout, prefetch)
         except BaseException:
             self.close()
@@ -135,7 +137,7 @@ class View:
         (layer,) = as_layers({name: image}).values()
         if name in self._given:
             raise ValueError(f"there is a layer {name!r} already; remove it first")
-        self._prepare(name, layer)
+        self._prepare(name, layer, [each.space for each in self.server.layers.values()])
         with self.viewer.txn() as state:
             if len(self._given) == 1:
                 self._look_at_center(state)
@@ -231,10 +233,11 @@ class View:
         state = self.viewer.state
         shown = state.dimensions
         at = np.asarray([state.position], float)
-        voxel = scene.place(space, shown.names, shown.scales, at)[0]
+        voxel = voxels_at(space, shown.names, shown.scales, at)[0]
         if in_units:
             voxel = np.add(space.translation, np.multiply(space.scale, voxel))
-        return tuple(float(part) for part in voxel)
+        # Without what rounding has left of the way there and back.
+        return tuple(round(float(part), 9) for part in voxel)
 
     def move_to(
         self, position: Sequence[float], *, layer: str | None = None, in_units: bool = False
@@ -278,7 +281,7 @@ class View:
             shown = state.dimensions
             canonical = min(float(scale) for scale in shown.scales[:3])
             finest = min(
-                scale * scene.factor_of(unit)[0]
+                scale * factor_of(unit)[0]
                 for name, unit, scale in zip(
                     space.named.axes or (), space.units, space.scale, strict=True
                 )
@@ -531,10 +534,9 @@ class View:
 
     # ------------------------------------------------------------------ beginning and end
 
-    def _prepare(self, name: str, layer: Layer) -> None:
+    def _prepare(self, name: str, layer: Layer, placed: Sequence[Space]) -> None:
         from cellimg_dask.viewer import scene
 
-        placed = [each.space for each in self._given.values()]
         shown = scene.as_shown(layer, placed)
         scene.dimensions([*(each.space for each in self.server.layers.values()), shown.space])
         with self._lock:
