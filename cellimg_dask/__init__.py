@@ -42,6 +42,7 @@ from cellimg_dask.image.input import Input
 from cellimg_dask.image.request import Request
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.stats import stats
+from cellimg_dask.io.write_ome_zarr import OmeZarrReport, write_ome_zarr
 from cellimg_dask.loading.watch import Change
 from cellimg_dask.ops.blobs import merge_blobs, prune_blobs
 from cellimg_dask.ops.detect import blob_dog, blob_log
@@ -90,6 +91,7 @@ __all__ = [
     "NamedFunction",
     "NoContentError",
     "NoWorkersError",
+    "OmeZarrReport",
     "ParameterError",
     "Pyramid",
     "QueueClosedError",
@@ -138,4 +140,5 @@ __all__ = [
     "statistics",
     "stats",
     "stitch",
+    "write_ome_zarr",
 ]

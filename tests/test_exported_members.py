@@ -38,6 +38,7 @@ PUBLIC = [
     "NamedFunction",
     "NoContentError",
     "NoWorkersError",
+    "OmeZarrReport",
     "ParameterError",
     "Pyramid",
     "QueueClosedError",
@@ -85,6 +86,7 @@ PUBLIC = [
     "statistics",
     "stats",
     "stitch",
+    "write_ome_zarr",
 ]
 
 MODULES = ["shared"]

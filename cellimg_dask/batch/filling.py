@@ -14,7 +14,7 @@ from typing import Any
 
 from cellimg_dask.batch.folder import open_folder
 from cellimg_dask.batch.lock import RunLock
-from cellimg_dask.batch.manifest import Manifest, pass_of
+from cellimg_dask.batch.manifest import Manifest
 from cellimg_dask.batch.order import neighbours_together
 from cellimg_dask.batch.parquet import TableLayout, TableTarget
 from cellimg_dask.batch.passes import (
@@ -38,7 +38,7 @@ from cellimg_dask.loading.together import Together, cells_together
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache, get_cache, memory_bytes
 
-__all__ = ["Filling", "alone", "threads_for"]
+__all__ = ["Filling", "alone", "prepare", "reader_of", "threads_for"]
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,18 @@ class Filling:
         replace: bool = False,
         cells_per_call: Any = None,
         name: str | None = None,
+        beside: str | None = None,
     ) -> RunReport:
-        """Fill a target; with ``replace`` another array that may be there makes way."""
+        """Fill a target; with ``replace`` another array that may be there makes way.
+
+        Markers lie in ``beside``; default: the folder with the target's name and ``.run``.
+        """
         began = perf_counter()
         first = needed_whole(loader)
-        for image in first or [loader]:
+        for image, own in [(image, keys.of(image)) for image in first] or [(loader, keys)]:
             if image.grid.num_cells:
                 # Refuses inputs that cannot be compared, before anything is made.
-                with_keys(image, keys.of(image), [0])
+                with_keys(image, own, [0])
         crew = _crew(loader.queue)
         rooms = _rooms(loader.queue, crew, self.max_memory)
         together = cells_together(loader, cells_per_call, rooms)
@@ -80,7 +84,7 @@ class Filling:
             for image in values_from_voxels(loader):
                 room.check(image)
             room.check(loader if together is None else together.coarse)
-        manifest = Manifest(where)
+        manifest = Manifest(where, beside)
         with closing(crew), RunLock(manifest.folder, where) as lock:
             _create(layout, where, manifest, resume=resume, overwrite=overwrite, replace=replace)
             for folder in (manifest.folder, open_folder(where)):
@@ -93,7 +97,7 @@ class Filling:
                     with _bar(report.num_cells, report.skipped, self.progress, name):
                         pass
                 if todo and first:
-                    loader = self._first(loader, first, keys, report, overwrite=overwrite)
+                    loader = self._first(loader, first, keys, report, manifest, overwrite=overwrite)
                 if todo and not report.failed:
                     loader, held = with_values(loader)
                     if together is not None:
@@ -115,13 +119,14 @@ class Filling:
         images: Sequence[CellLoader],
         keys: Keys,
         report: RunReport,
+        manifest: Manifest,
         *,
         overwrite: bool,
     ) -> CellLoader:
         """Store images of which cells and something of the whole are needed; read them there."""
         stored: dict[CellLoader, Reader] = {}
         for number, image in enumerate(images, 1):
-            where = pass_of(report.target, number)
+            where = manifest.pass_of(number)
             done = self.fill(
                 alone(reading_instead(image, stored), self.queue),
                 keys.of(image),
@@ -135,7 +140,7 @@ class Filling:
             report.failed |= done.failed
             if not done.ok:
                 break
-            stored[image] = _reader_of(where)
+            stored[image] = reader_of(where)
         return reading_instead(loader, stored)
 
     def _compute(
@@ -171,6 +176,21 @@ class Filling:
 
                 cells: Any = loader.queue.cells
                 compute_on_cluster(cells, committer, groups, keys, self.timeout_s, record)
+
+
+def prepare(
+    layout: Layout | TableLayout, where: str, beside: str, *, resume: bool, overwrite: bool
+) -> None:
+    """Create a target without filling it, unless a run has made one like it.
+
+    Raises
+    ------
+    FileExistsError
+        If something is there that is not to be carried on; see `run`.
+    """
+    manifest = Manifest(where, beside)
+    with RunLock(manifest.folder, where):
+        _create(layout, where, manifest, resume=resume, overwrite=overwrite, replace=False)
 
 
 def alone(loader: CellLoader, queue: BlockQueue | None) -> CellLoader:
@@ -245,7 +265,7 @@ def _create(
     layout.create(where, overwrite=overwrite or there is not None)
 
 
-def _reader_of(where: str) -> Reader:
+def reader_of(where: str) -> Reader:
     """Return a reader of an array that a run has filled."""
     import zarr
 

@@ -23,7 +23,11 @@ def run_folder(where: str) -> str:
 
 def pass_of(where: str, number: int) -> str:
     """Return where a run stores an image that it needs first, counted from 1."""
-    return f"{run_folder(where)}/pass{number}.zarr"
+    return _pass_in(run_folder(where), number)
+
+
+def _pass_in(beside: str, number: int) -> str:
+    return f"{beside}/pass{number}.zarr"
 
 
 class Stored(Protocol):
@@ -46,14 +50,26 @@ class Manifest:
     when. Markers decide and not chunks: a chunk of nothing but the fill value need not exist.
 
     Thread-safe. It pickles as its path.
+
+    Parameters
+    ----------
+    where : str
+        Path or URL of the target.
+    beside : str, optional
+        The folder for markers, lock and report; default: `run_folder`.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, beside: str | None = None) -> None:
         self.where = where
-        self.folder: Folder = open_folder(run_folder(where))
+        self.beside = run_folder(where) if beside is None else beside
+        self.folder: Folder = open_folder(self.beside)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Manifest, (self.where,)
+        return Manifest, (self.where, self.beside)
+
+    def pass_of(self, number: int) -> str:
+        """Return where the run stores an image that it needs first; see `pass_of`."""
+        return _pass_in(self.beside, number)
 
     def commit(self, index: int, key: str, objects: dict[str, Any]) -> None:
         """Mark a cell as done; its data must be on the disk."""

@@ -20,7 +20,7 @@ from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.readers import ChunkedReader
 from cellimg_dask.queues.block_queue import BlockQueue
 
-__all__ = ["image_and_table", "run"]
+__all__ = ["forget_files", "image_and_table", "place_of_target", "run"]
 
 
 def run(
@@ -37,6 +37,7 @@ def run(
     compressor: str | None = "zstd",
     level: int | None = None,
     fill_value: Any = 0,
+    zarr_format: Literal[2, 3] = 3,
     verify: Literal["checksums", "sizes"] = "checksums",
     cells_per_call: int | Sequence[int] | Literal["auto"] | None = None,
     max_memory: int | None = None,
@@ -57,7 +58,7 @@ def run(
     img : CellImg or dask data frame
         The image, or the table that `map_points` or `region_table` returned.
     target : path or URL
-        A zarr v3 array, for a table a folder of parquet files, one for each cell, that pandas and
+        A zarr array, for a table a folder of parquet files, one for each cell, that pandas and
         dask read as one. It is created if it is not there: a local folder or whatever fsspec and
         zarr can write. Markers, lock and report lie beside it, in ``<target>.run``.
     queue : BlockQueue, optional
@@ -80,6 +81,8 @@ def run(
         Level of the compressor; default: 1 for zstd, 5 for the others.
     fill_value : scalar
         Value of voxels that are not stored; a chunk that holds nothing else is left out.
+    zarr_format : {3, 2}
+        Version of zarr; 2 for programs that do not read 3.
     verify : {"checksums", "sizes"}
         How stored cells are checked before they count as done: all bytes are read, or only the
         sizes of the files are compared.
@@ -141,13 +144,15 @@ def run(
             compressor=compressor,
             level=level,
             fill_value=fill_value,
+            zarr_format=zarr_format,
+            axes=image.axes,
         )
     else:
         for name, value in (("chunks", chunks), ("sharded", sharded)):
             if value is not None:
                 raise ValueError(f"{name} is for images; a table has one part per cell")
         layout = TableLayout.of(loader.grid, table.make, table.meta, compressor, level)
-    _forget_files(loader)
+    forget_files(loader)
     filling = Filling(
         queue,
         as_int(retries, "retries", minimum=0),
@@ -161,7 +166,7 @@ def run(
         loader,
         TableKeys(keys, layout.content()) if isinstance(layout, TableLayout) else keys,
         layout,
-        _where(target),
+        place_of_target(target),
         resume=resume,
         overwrite=overwrite,
         cells_per_call=cells_per_call,
@@ -189,7 +194,8 @@ def image_and_table(img: Any) -> tuple[CellImg, Any]:
     )
 
 
-def _where(target: str | os.PathLike[str]) -> str:
+def place_of_target(target: str | os.PathLike[str]) -> str:
+    """Return where a target is: an absolute path, or a URL as it is."""
     where = os.fspath(target)
     if not isinstance(where, str):
         raise TypeError(f"target must be a path or an URL, got {type(target).__name__}")
@@ -201,7 +207,7 @@ def _where(target: str | os.PathLike[str]) -> str:
     return where if is_url(where) else os.path.abspath(where)  # noqa: PTH100 - stays a string
 
 
-def _forget_files(loader: CellLoader) -> None:
+def forget_files(loader: CellLoader) -> None:
     """Forget what was read of stores: they may have changed since, and keys tell what they hold."""
     outdated: set[CellLoader] = set()
     for image in loader.ancestry():

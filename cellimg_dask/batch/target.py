@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -41,6 +41,10 @@ class Layout:
     """How hard the compressor tries."""
     fill_value: Any
     """Value of voxels that are not stored."""
+    zarr_format: Literal[2, 3] = 3
+    """Version of zarr."""
+    axes: tuple[str, ...] | None = None
+    """Names of the axes, where they are known."""
 
     @classmethod
     def of(
@@ -53,6 +57,8 @@ class Layout:
         compressor: str | None = "zstd",
         level: int | None = None,
         fill_value: Any = 0,
+        zarr_format: Literal[2, 3] = 3,
+        axes: tuple[str, ...] | None = None,
     ) -> Layout:
         """Return a checked layout; default: one chunk per cell.
 
@@ -78,8 +84,12 @@ class Layout:
             raise ValueError(
                 f"unknown compressor {compressor!r}; use one of {', '.join(map(repr, _CODECS))}"
             )
+        if zarr_format not in (2, 3):
+            raise ValueError(f"zarr_format must be 2 or 3, got {zarr_format!r}")
+        if sharded and zarr_format == 2:
+            raise ValueError("zarr 2 has no shards: leave sharded out, or use zarr_format=3")
         if sharded is None:
-            sharded = sizes != whole
+            sharded = sizes != whole and zarr_format == 3
         try:
             fill = (
                 _zero(dtype)
@@ -97,6 +107,8 @@ class Layout:
             compressor,
             default if level is None else level,
             fill,
+            zarr_format,
+            axes,
         )
 
     def create(self, where: str, *, overwrite: bool) -> None:
@@ -104,16 +116,19 @@ class Layout:
         import zarr
 
         whole = _cell_extent(self.grid)
+        latest = self.zarr_format == 3
         zarr.create_array(
             where,
             shape=self.grid.shape,
             dtype=self.dtype,
             chunks=self.chunks,
             shards=whole if self.sharded else None,
-            compressors=_CODECS[self.compressor](self.level),
+            compressors=(_CODECS if latest else _OLD_CODECS)[self.compressor](self.level),
             fill_value=self.fill_value,
             overwrite=overwrite,
-            zarr_format=3,
+            zarr_format=self.zarr_format,
+            chunk_key_encoding={"name": "default" if latest else "v2", "separator": "/"},
+            dimension_names=self.axes if latest else None,
         )
 
     @property
@@ -161,7 +176,7 @@ class Layout:
         """Return in what an existing array differs, as text."""
         whole = _cell_extent(self.grid)
         expected = {
-            "zarr format": (array.metadata.zarr_format, 3),
+            "zarr format": (array.metadata.zarr_format, self.zarr_format),
             "shape": (tuple(array.shape), self.grid.shape),
             "dtype": (np.dtype(array.dtype), self.dtype),
             "chunks": (tuple(array.chunks), self.chunks),
@@ -199,12 +214,37 @@ def _gzip(level: int) -> Any:
     return GzipCodec(level=level)
 
 
+def _old_zstd(level: int) -> Any:
+    from numcodecs import Zstd
+
+    return Zstd(level)
+
+
+def _old_blosc(level: int) -> Any:
+    from numcodecs import Blosc
+
+    return Blosc("zstd", level)
+
+
+def _old_gzip(level: int) -> Any:
+    from numcodecs import GZip
+
+    return GZip(level)
+
+
 _CODECS: dict[str | None, Callable[[int], Any]] = {
     "zstd": _zstd,
     "blosc": _blosc,
     "gzip": _gzip,
     None: lambda level: None,
 }
+_OLD_CODECS: dict[str | None, Callable[[int], Any]] = {
+    "zstd": _old_zstd,
+    "blosc": _old_blosc,
+    "gzip": _old_gzip,
+    None: lambda level: None,
+}
+"""Those of zarr 2."""
 
 
 def _cell_extent(grid: CellGrid) -> tuple[int, ...]:
@@ -321,7 +361,8 @@ def _open_twin(where: str, array: Any) -> Any:
         import tensorstore
     except ImportError:
         return None
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(Path(where).resolve())}}
+    driver = "zarr3" if array.metadata.zarr_format == 3 else "zarr"
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(Path(where).resolve())}}
     try:
         twin = tensorstore.open(spec, read=True, write=True, create=False).result()
     except Exception:

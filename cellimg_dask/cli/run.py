@@ -232,9 +232,11 @@ def _plans(spec: Spec, name: str, stages: Stages) -> Iterator[tuple[str, dict[st
 def status(target: str, quick: bool) -> None:
     """Say which cells of TARGET are done, missing or damaged, and what failed last.
 
-    TARGET is that of a run, or a spec, for all that it writes. Exit code 0 if every cell is done,
-    else 3.
+    TARGET is that of a run, an OME-Zarr image that was written by this library, or a spec, for all
+    that it writes. Exit code 0 if every cell is done, else 3.
     """
+    from cellimg_dask.io.write_ome_zarr import written_arrays
+
     if target.endswith((".yaml", ".yml")) and Path(target).is_file():
         path = Path(target)
         spec = read_spec(path)
@@ -249,21 +251,28 @@ def status(target: str, quick: bool) -> None:
     for name, where in targets.items():
         if name:
             click.echo(f"{name}:")
-        counts = _shown_status(where, "  " if name else "", quick=quick, may_lack=bool(name))
-        complete &= counts
+        indent = "  " if name else ""
+        arrays = written_arrays(where)
+        for array, beside in arrays.items():
+            click.echo(f"{indent}{array.removeprefix(where).lstrip('/')}:")
+            complete &= _shown_status(array, beside, indent + "  ", quick=quick, may_lack=True)
+        if not arrays:
+            complete &= _shown_status(where, None, indent, quick=quick, may_lack=bool(name))
     if not complete:
         sys.exit(FAILED)
 
 
-def _shown_status(where: str, indent: str, *, quick: bool, may_lack: bool) -> bool:
+def _shown_status(
+    where: str, beside: str | None, indent: str, *, quick: bool, may_lack: bool
+) -> bool:
     """Show the state of a target; return whether all of it is done."""
     import json
     from itertools import count
 
-    from cellimg_dask.batch.manifest import Manifest, pass_of
+    from cellimg_dask.batch.manifest import Manifest
     from cellimg_dask.batch.target import open_target
 
-    manifest = Manifest(where)
+    manifest = Manifest(where, beside)
     try:
         stored = open_target(manifest.folder, where)
     except (OSError, ValueError) as error:
@@ -289,7 +298,7 @@ def _shown_status(where: str, indent: str, *, quick: bool, may_lack: bool) -> bo
     if counts["done"] == cells:
         return True
     for number in count(1):
-        first = Manifest(pass_of(where, number))
+        first = Manifest(manifest.pass_of(number))
         there = open_target(first.folder, first.where)
         if there is None:
             return False

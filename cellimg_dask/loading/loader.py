@@ -43,7 +43,7 @@ from cellimg_dask.state.disk import DiskCells
 from cellimg_dask.state.flights import CircularWaitError, Flight, inside
 from cellimg_dask.state.history import History
 
-__all__ = ["CellLoader", "ImageReader", "Place", "Signature"]
+__all__ = ["CellLoader", "ImageReader", "Place", "Signature", "pinned_together"]
 
 # Up to so many cells, a read first collects what is cached under one lock.
 _GATHER_AT_ONCE = 4096
@@ -187,25 +187,7 @@ class CellLoader:
 
         As far as that can be known; what the present edition has in memory is used.
         """
-        when = time_ns()
-        copies: dict[CellLoader, CellLoader] = {}
-        for loader in self.ancestry():
-            readers = [
-                ImageReader(copies[reader.loader])
-                if isinstance(reader, ImageReader)
-                else pinned(reader, when)
-                for reader in loader.readers
-            ]
-            same = all(
-                new is old or (isinstance(old, ImageReader) and copies[old.loader] is old.loader)
-                for new, old in zip(readers, loader.readers, strict=True)
-            )
-            if same:
-                copies[loader] = loader
-            else:
-                copies[loader] = loader.reading(readers)
-                copies[loader].token = loader.token
-        return copies[self]
+        return pinned_together([self])[0]
 
     def crew(self) -> Crew:
         """Return the threads that read regions."""
@@ -636,6 +618,34 @@ class CellLoader:
             "the cell needs itself: the block function, or an input, reads this image or one "
             "made from it",
         )
+
+
+def pinned_together(loaders: Sequence[CellLoader]) -> list[CellLoader]:
+    """Return loaders pinned at one moment; see `CellLoader.pinned`.
+
+    What several of them rest on is the same loader for all.
+    """
+    when = time_ns()
+    copies: dict[CellLoader, CellLoader] = {}
+    for loader in (above for last in loaders for above in last.ancestry()):
+        if loader in copies:
+            continue
+        readers = [
+            ImageReader(copies[reader.loader])
+            if isinstance(reader, ImageReader)
+            else pinned(reader, when)
+            for reader in loader.readers
+        ]
+        same = all(
+            new is old or (isinstance(old, ImageReader) and copies[old.loader] is old.loader)
+            for new, old in zip(readers, loader.readers, strict=True)
+        )
+        if same:
+            copies[loader] = loader
+        else:
+            copies[loader] = loader.reading(readers)
+            copies[loader].token = loader.token
+    return [copies[loader] for loader in loaders]
 
 
 def _are_isolated(readers: Sequence[Reader]) -> bool:

@@ -535,9 +535,14 @@ async def _load(array: ServedArray, index: int) -> tuple[NDArray[Any], CellLoade
             break
     try:
         return await request, loader
-    except Exception as raised:
+    except asyncio.CancelledError:
+        raise
+    except BaseException as raised:
         # With function, cell and cause, where it is a block's.
         error = request.error or raised
+        if not isinstance(error, Exception):
+            # A block that ends its thread does not end this one.
+            error = RuntimeError(describe(error))
     try:
         raise error
     finally:

@@ -18,6 +18,7 @@ __all__ = [
     "array_v2",
     "array_v3",
     "as_bytes",
+    "check_dtype",
     "chunk_shape",
     "group_v3",
     "image_documents",
@@ -68,10 +69,7 @@ def array_v2(
     grid: CellGrid, dtype: np.dtype[Any], fill_value: Any, codec: Codec | None
 ) -> dict[str, Any]:
     """Return the ``.zarray`` of an array."""
-    compressor = None
-    if codec is not None:
-        more = {"checksum": False} if codec == "zstd" else {}
-        compressor = {"id": codec, "level": _LEVELS[codec], **more}
+    compressor = None if codec is None else {"id": codec, "level": _LEVELS[codec]}
     data_type, fill = _zarr_type(dtype, fill_value, 2)
     return {
         "zarr_format": 2,
@@ -155,6 +153,24 @@ def root_documents(images: Mapping[str, Mapping[str, Any]], version: OmeVersion)
 def as_bytes(document: Any) -> bytes:
     """Return a document as it is sent."""
     return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def check_dtype(dtype: np.dtype[Any]) -> None:
+    """Refuse a dtype that zarr cannot name.
+
+    Raises
+    ------
+    ValueError
+        That says so.
+    """
+    try:
+        for zarr_format in (3, 2):
+            _zarr_type(dtype, np.zeros((), dtype)[()], zarr_format)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"images of dtype {dtype} cannot be served: zarr has no such type; map_cells with "
+            f"another dtype="
+        ) from error
 
 
 def _consolidated_v2(documents: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from cellimg_dask.image.input import Input, checked_fill
 from cellimg_dask.image.space_of import space_of
 from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Pyramid, original, pyramid
+from cellimg_dask.viewer.documents import check_dtype
 
 __all__ = ["Layer", "Layers", "as_layer", "as_layers"]
 
 _RESERVED = re.compile(r"@.*|\.+|__.*|zarr\.json|\.z(group|array|attrs|metadata)", re.DOTALL)
-_NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f]")
+_NOT_IN_NAMES = re.compile(r"[/\\?#%\x00-\x1f\x7f]")
 
 
 class Layer:
@@ -48,7 +49,7 @@ class Layer:
     visible : bool
         Whether it is shown at first.
     fill_value : scalar
-        A chunk in which all voxels have this value is not sent; readers fill it in.
+        A chunk in which all voxels have this value is not sent; readers fill it in. Default: 0.
 
     Raises
     ------
@@ -76,7 +77,7 @@ class Layer:
         color: str | tuple[float, float, float] | None = None,
         opacity: float | None = None,
         visible: bool = True,
-        fill_value: Any = 0,
+        fill_value: Any = None,
     ) -> None:
         if kind not in (None, "image", "labels"):
             raise ValueError(f'kind must be "image" or "labels", got {kind!r}')
@@ -90,6 +91,7 @@ class Layer:
         first = self.images[0]
         if self.kind == "labels" and first.dtype.kind not in "biu":
             raise ValueError(f"labels are integers, this image has dtype {first.dtype}")
+        check_dtype(first.dtype)
         self.contrast = _contrast(contrast)
         """Values that are shown black and white."""
         self.color = _color(color)
@@ -98,7 +100,10 @@ class Layer:
         """0 to 1, or None."""
         self.visible = bool(visible)
         """Whether it is shown at first."""
-        self.fill_value = checked_fill(fill_value, first.dtype, "a layer")
+        zero = np.zeros((), first.dtype)[()]
+        self.fill_value = (
+            zero if fill_value is None else checked_fill(fill_value, first.dtype, "a layer")
+        )
         """Value of chunks that are not sent."""
 
     images: tuple[CellImg, ...]
@@ -195,8 +200,9 @@ def _checked_name(name: Any) -> str:
         raise TypeError(f"the name of a layer must be a text, got {name!r}")
     if not name or _RESERVED.fullmatch(name) or _NOT_IN_NAMES.search(name):
         raise ValueError(
-            f"a layer cannot be called {name!r}: names are not empty, have no slash, do not begin "
-            f'with "@" or "__", and are neither dots nor "zarr.json" and the like'
+            f"a layer cannot be called {name!r}: names are parts of addresses: not empty, "
+            f"without slashes and ?, #, %, neither dots nor zarr.json and the like, and they do "
+            f'not begin with "@" or "__"'
         )
     return name
 

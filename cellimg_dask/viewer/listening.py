@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["Listening", "listen"]
@@ -87,11 +88,14 @@ def listen(app: Any, host: str, port: int) -> Listening:
 
 def _bound(host: str, port: int) -> socket.socket:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        )
     except socket.gaierror as error:
         raise OSError(f"there is no address {host!r}: {error}") from error
-    family, _, _, _, address = found[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    family, _, protocol, _, address = found[0]
+    # With the protocol said asyncio knows that it is TCP, and sends small answers at once.
+    listener = socket.socket(family, socket.SOCK_STREAM, protocol)
     try:
         # A port in which only connections that are over linger can be had again.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -136,6 +140,18 @@ def _server_of(app: Any) -> Any:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.ending.wait(), 1)
 
+        async def shutdown(self, sockets: Any = None) -> None:
+            """Let what is being sent be read for a moment, and end all connections."""
+            for listener in self.servers:
+                listener.close()
+            state = self.server_state
+            for connection in list(state.connections):
+                connection.shutdown()
+            await _until(lambda: not (state.connections or state.tasks), _GRACE_S)
+            for connection in list(state.connections):
+                connection.transport.abort()
+            await _until(lambda: not (state.connections or state.tasks), _GRACE_S)
+
     config = Config(
         app,
         http=_protocol(),
@@ -146,9 +162,15 @@ def _server_of(app: Any) -> Any:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_GRACE_S,
     )
     return Server(config)
+
+
+async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while not condition() and loop.time() < deadline:
+        await asyncio.sleep(0.005)
 
 
 def _protocol() -> type[asyncio.Protocol]:

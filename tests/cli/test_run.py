@@ -17,6 +17,8 @@ import yaml
 import zarr
 from scipy import ndimage
 
+import cellimg_dask as ci
+
 FUNCTIONS = '''
 """Functions of a user's."""
 from __future__ import annotations
@@ -549,6 +551,19 @@ def test_status_of_what_was_harmed(run, write):
     assert "damaged  0 of 6" in quick.stdout
     assert "2 cells computed, 4 done before" in run("run", "spec.yaml", "--no-progress").stdout
     assert run("status", "out.zarr/").exit_code == 0
+
+
+def test_status_of_ome_zarr(run, write):
+    image = ci.map_cells(np.negative, np.ones((8, 8), "f4"), cell_shape=4)
+    ci.write_ome_zarr(image, "out.ome.zarr", progress=False)
+    shown = run("status", "out.ome.zarr")
+    assert shown.exit_code == 0
+    assert shown.stdout.startswith("0:\n  done     4 of 4\n")
+    assert "1:\n  done     1 of 1\n" in shown.stdout
+    Path("out.ome.zarr/1/c/0/0").unlink()
+    harmed = run("status", "out.ome.zarr/")
+    assert harmed.exit_code == 3
+    assert "1:\n  done     0 of 1\n  missing  0 of 1\n  damaged  1 of 1\n" in harmed.stdout
 
 
 def test_status_of_what_no_run_made(run, write):

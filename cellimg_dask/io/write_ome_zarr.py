@@ -1,0 +1,452 @@
+"""`write_ome_zarr`: images with their levels and labels into OME-Zarr, to be carried on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal, SupportsIndex
+
+from cellimg_dask.batch.filling import Filling, alone, prepare, reader_of
+from cellimg_dask.batch.folder import open_folder
+from cellimg_dask.batch.manifest import run_folder
+from cellimg_dask.batch.passes import reading_instead
+from cellimg_dask.batch.report import RunReport
+from cellimg_dask.batch.run import forget_files, place_of_target
+from cellimg_dask.batch.target import Layout
+from cellimg_dask.geometry import Space, as_int
+from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.image.input import as_input
+from cellimg_dask.image.space_of import space_of
+from cellimg_dask.io.ome import OmeVersion, axis_type, image_attributes, label_attributes
+from cellimg_dask.loading.content import ContentKeys
+from cellimg_dask.loading.loader import CellLoader, pinned_together
+from cellimg_dask.loading.node import defining
+from cellimg_dask.loading.readers import Reader
+from cellimg_dask.ops.label_image import LabelImg
+from cellimg_dask.ops.pyramid import Factors, Pyramid, pyramid
+from cellimg_dask.queues.block_queue import BlockQueue
+
+__all__ = ["OmeZarrReport", "write_ome_zarr", "written_arrays"]
+
+_MARK = "ome-zarr.json"
+_SCHEMA = 1
+_ORDER = ("time", "channel", None, "space")
+
+
+@dataclass
+class OmeZarrReport:
+    """What `write_ome_zarr` did: the report of each array."""
+
+    path: str
+    """Path or URL of the group."""
+    arrays: dict[str, RunReport] = field(default_factory=dict)
+    """By the place of the array in the group: ``"0"``, ``"1"``, ``"labels/nuclei/0"``."""
+    seconds: float = 0.0
+    """Wall time."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every cell of every level is done."""
+        return all(report.ok for report in self.arrays.values())
+
+    @property
+    def computed(self) -> int:
+        """Cells that were computed and committed."""
+        return sum(report.computed for report in self.arrays.values())
+
+    @property
+    def skipped(self) -> int:
+        """Cells that were done before."""
+        return sum(report.skipped for report in self.arrays.values())
+
+    @property
+    def failed(self) -> dict[tuple[str, tuple[int, ...]], BaseException]:
+        """Array and position of each cell that could not be computed, and its error.
+
+        Coarser levels are not begun where a finer one has such cells.
+        """
+        return {
+            (name, position): error
+            for name, report in self.arrays.items()
+            for position, error in report.failed.items()
+        }
+
+    def __str__(self) -> str:
+        first = (
+            f"{self.computed:,} cells computed, {self.skipped:,} done before, "
+            f"{len(self.failed):,} failed in {self.seconds:.1f} s; {self.path}"
+        )
+        lines = [first]
+        for name, report in self.arrays.items():
+            first, _, rest = str(report).partition("\n")
+            lines.append(f"  {name}: {first.partition('; ')[0]}")
+            lines += [rest] if rest else []
+        return "\n".join(lines)
+
+
+def write_ome_zarr(
+    img: Any,
+    path: str | os.PathLike[str],
+    *,
+    labels: Mapping[str, Any] | None = None,
+    levels: SupportsIndex | None = None,
+    factors: Factors | None = None,
+    method: Literal["mean", "mode", "nearest"] | None = None,
+    name: str | None = None,
+    version: OmeVersion = "0.5",
+    queue: BlockQueue | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    retries: int = 2,
+    progress: bool = True,
+    chunks: Any = None,
+    sharded: bool | None = None,
+    compressor: str | None = "zstd",
+    level: int | None = None,
+    cells_per_call: int | Sequence[int] | Literal["auto"] | None = None,
+    max_memory: int | None = None,
+    timeout_s: float = 600.0,
+) -> OmeZarrReport:
+    """Compute an image and its coarser levels into OME-Zarr, cell by cell.
+
+    As with `run` it may be killed at any moment: the next call with the same path computes what
+    is missing, damaged, or made by another computation, and nothing else. Each level is made from
+    the one below as it was written, so nothing is computed twice. All arrays and their metadata
+    are there before the first cell is computed, so that a viewer can look on.
+
+    Parameters
+    ----------
+    img : CellImg, array-like, Pyramid or sequence of these
+        The image. Axes, units, scale and translation are those of its `Space`; axes that nobody
+        has named are the last of t, c, z, y and x. A `Pyramid`, or a sequence of images of which
+        the finest comes first, gives all levels.
+    path : path or URL
+        Of the group, by custom with the ending ``.ome.zarr``. Markers, locks and reports lie
+        beside it, in ``<path>.run``.
+    labels : mapping of str to image, optional
+        Labels of objects, by names; each like ``img``. They are written to the group ``labels``.
+    levels : int, optional
+        How many, that of the image included; default: until the image fits into one cell.
+    factors : optional
+        As in `pyramid`; default: 2 along axes in space, 1 along t and c.
+    method : {"mean", "mode", "nearest"}, optional
+        As in `pyramid`, for ``img``; default: ``"mode"`` for a `LabelImg`, else ``"mean"``.
+    name : str, optional
+        Of the image; default: that of the path without its endings.
+    version : {"0.5", "0.4"}
+        Of OME-Zarr: 0.5 is written in zarr 3, 0.4 in zarr 2.
+    cells_per_call
+        As in `run`, for the finest level of ``img``.
+    queue, resume, overwrite, retries, progress, chunks, sharded, compressor, level, max_memory, \
+timeout_s
+        As in `run`.
+
+    Returns
+    -------
+    OmeZarrReport
+
+    Raises
+    ------
+    FileExistsError
+        If something else is at the path, or it is not to be carried on.
+    TypeError, ValueError
+        If an argument is wrong, or OME-Zarr has no such image: it has two to five axes, time
+        before channel before two or three in space.
+    MemoryError, NoWorkersError
+        As in `run`.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, zarr, cellimg_dask as ci
+    >>> space = ci.Space.of(2, "yx", "um", scale=0.5)
+    >>> image = ci.map_cells(np.negative, ci.Input(np.ones((6, 9)), space=space), cell_shape=4)
+    >>> path = tempfile.mkdtemp() + "/negative.ome.zarr"
+    >>> write_ome_zarr(image, path, progress=False).computed
+    9
+    >>> [array.shape for _, array in sorted(zarr.open_group(path, mode="r").arrays())]
+    [(6, 9), (3, 5), (2, 3)]
+    """
+    began = perf_counter()
+    if version not in ("0.4", "0.5"):
+        raise ValueError(f'version must be "0.5" or "0.4", got {version!r}')
+    if not isinstance(progress, bool):
+        raise TypeError(f"progress must be a bool, got {progress!r}")
+    where = place_of_target(path)
+    if name is None:
+        name = where.rstrip("/").rpartition("/")[2].partition(".")[0] or "image"
+    storing = {
+        "chunks": chunks,
+        "sharded": sharded,
+        "compressor": compressor,
+        "level": level,
+        "zarr_format": 2 if version == "0.4" else 3,
+    }
+    images = [_Image.of("", name, img, None, (levels, factors, method), storing)]
+    for called, value in _named(labels):
+        choice = (levels, factors, None)
+        images.append(_Image.of(f"labels/{called}", called, value, "labels", choice, storing))
+    filling = Filling(
+        queue,
+        as_int(retries, "retries", minimum=0),
+        checksums=True,
+        max_memory=None if max_memory is None else as_int(max_memory, "max_memory", minimum=1),
+        timeout_s=timeout_s,
+        progress=progress,
+    )
+    group = _Group(where, version)
+    group.check(images, resume=resume, overwrite=overwrite)
+    for image in images:
+        for place, layout in zip(image.places, image.layouts, strict=True):
+            prepare(
+                layout, f"{where}/{place}", group.beside(place), resume=resume, overwrite=overwrite
+            )
+    group.describe(images)
+    report = OmeZarrReport(where)
+    for image in images:
+        image.fill(filling, group, report, None if image.path else cells_per_call)
+    report.seconds = perf_counter() - began
+    return report
+
+
+def written_arrays(path: str) -> dict[str, str]:
+    """Return where the arrays that were written to a group are, and the folder of their markers.
+
+    Empty where `write_ome_zarr` has written nothing.
+    """
+    beside = run_folder(path)
+    mark = open_folder(beside).read(_MARK)
+    images = {} if mark is None else json.loads(mark)["images"]
+    names = [name for names in images.values() for name in names]
+    return {f"{path.rstrip('/')}/{name}": f"{beside}/{name}" for name in names}
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of the group, with its levels."""
+
+    path: str
+    """From the group; empty for the image itself."""
+    name: str
+    is_labels: bool
+    levels: tuple[CellLoader, ...]
+    spaces: tuple[Space, ...]
+    layouts: tuple[Layout, ...]
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        name: str,
+        value: Any,
+        kind: Literal["labels"] | None,
+        choice: tuple[Any, Any, Any],
+        storing: Mapping[str, Any],
+    ) -> _Image:
+        """Return an image, checked."""
+        images = _levels(value, kind, *choice)
+        what = path or "the image"
+        for image in images:
+            _check_axes(image.space.named, what)
+        if kind == "labels" and images[0].dtype.kind not in "iu":
+            raise TypeError(f"{what}: labels must be integers, got {images[0].dtype}")
+        # All of one moment.
+        with defining():
+            loaders = tuple(pinned_together([image.loader for image in images]))
+        for loader in loaders:
+            forget_files(loader)
+        spaces = tuple(image.space.named for image in images)
+        layouts = tuple(
+            Layout.of(image.grid, image.dtype, axes=spaces[0].axes, **storing) for image in images
+        )
+        is_labels = kind == "labels" or isinstance(images[0], LabelImg)
+        return cls(path, name, is_labels, loaders, spaces, layouts)
+
+    @property
+    def places(self) -> list[str]:
+        """Where the levels are, from the group."""
+        front = f"{self.path}/" if self.path else ""
+        return [f"{front}{number}" for number in range(len(self.levels))]
+
+    def fill(
+        self, filling: Filling, group: _Group, report: OmeZarrReport, cells_per_call: Any
+    ) -> None:
+        """Compute and store the levels, each from the one below as it was stored."""
+        stored: dict[CellLoader, Reader] = {}
+        for number, (place, loader) in enumerate(zip(self.places, self.levels, strict=True)):
+            where = f"{group.where}/{place}"
+            report.arrays[place] = done = filling.fill(
+                alone(reading_instead(loader, stored), filling.queue),
+                ContentKeys(loader),
+                self.layouts[number],
+                where,
+                beside=group.beside(place),
+                cells_per_call=None if number else cells_per_call,
+                name=f"{self.name} {number}",
+            )
+            if not done.ok:
+                return
+            stored[loader] = reader_of(where)
+
+
+class _Group:
+    """The group on the disk, and what was noted of it."""
+
+    def __init__(self, where: str, version: OmeVersion) -> None:
+        self.where = where
+        self.version = version
+        self._folder = open_folder(where)
+        self._notes = open_folder(run_folder(where))
+
+    def beside(self, place: str) -> str:
+        """Return where the markers of an array are."""
+        return f"{run_folder(self.where)}/{place}"
+
+    def check(self, images: Sequence[_Image], *, resume: bool, overwrite: bool) -> None:
+        """Refuse what is not to be carried on, and note that the group is ours."""
+        mark = self._notes.read(_MARK)
+        noted = {} if mark is None else json.loads(mark)
+        if mark is None and not self._is_free() and not (overwrite and self._is_image()):
+            raise FileExistsError(
+                f"{self.where} exists and was not written by write_ome_zarr; give another path"
+                + ("" if not self._is_image() else ", or overwrite=True to replace the image")
+            )
+        if noted and not overwrite:
+            if not resume:
+                raise FileExistsError(
+                    f"{self.where} exists; resume=True carries it on, overwrite=True replaces it"
+                )
+            if noted["version"] != self.version:
+                raise FileExistsError(
+                    f"{self.where} is OME-Zarr {noted['version']}, asked for was {self.version}: "
+                    f"give another path, or overwrite=True to replace it"
+                )
+            for image in images:
+                there = noted["images"].get(image.path)
+                if there is not None and there != image.places:
+                    raise FileExistsError(
+                        f"{image.path or 'the image'} in {self.where} has {len(there)} levels, "
+                        f"asked for were {len(image.places)}: give another path, or overwrite=True "
+                        f"to replace it"
+                    )
+        if overwrite:
+            self._remove(noted.get("images", {}))
+        kept = {} if overwrite else noted.get("images", {})
+        content = {
+            "schema": _SCHEMA,
+            "version": self.version,
+            "images": kept | {image.path: image.places for image in images},
+        }
+        self._notes.write(_MARK, json.dumps(content).encode())
+
+    def describe(self, images: Sequence[_Image]) -> None:
+        """Write the metadata, leaving what others have added to it."""
+        for image in images:
+            self._write_group(
+                image.path,
+                image_attributes(
+                    image.spaces,
+                    [place.rpartition("/")[2] for place in image.places],
+                    image.name,
+                    self.version,
+                    is_labels=image.is_labels,
+                ),
+            )
+        new = [image.name for image in images if image.path]
+        if new:
+            known = _labels_in(self._attributes("labels"))
+            names = [*known, *(name for name in new if name not in known)]
+            self._write_group("labels", label_attributes(names, self.version))
+
+    def _is_free(self) -> bool:
+        return next(self._folder.names(""), None) is None and not os.path.isfile(self.where)  # noqa: PTH113
+
+    def _is_image(self) -> bool:
+        attributes = self._attributes("")
+        return "multiscales" in {**attributes, **attributes.get("ome", {})}
+
+    def _attributes(self, path: str) -> dict[str, Any]:
+        front = f"{path}/" if path else ""
+        for name in ("zarr.json", ".zattrs"):
+            content = self._folder.read(front + name)
+            if content is not None:
+                found: dict[str, Any] = json.loads(content)
+                return found.get("attributes", {}) if name == "zarr.json" else found
+        return {}
+
+    def _write_group(self, path: str, attributes: dict[str, Any]) -> None:
+        front = f"{path}/" if path else ""
+        merged = {**self._attributes(path), **attributes}
+        if self.version == "0.4":
+            self._put(f"{front}.zgroup", {"zarr_format": 2})
+            self._put(f"{front}.zattrs", merged)
+        else:
+            content = {"zarr_format": 3, "node_type": "group", "attributes": merged}
+            self._put(f"{front}zarr.json", content)
+
+    def _put(self, name: str, content: dict[str, Any]) -> None:
+        self._folder.write(name, json.dumps(content, indent=1).encode())
+
+    def _remove(self, images: Mapping[str, Sequence[str]]) -> None:
+        """Remove what was written, markers first, so that they never vouch for something else."""
+        for place in (place for places in images.values() for place in places):
+            for folder, under in ((self._notes, place), (self._folder, place)):
+                for name in list(folder.names(under)):
+                    folder.remove(name)
+        for path in ("", "labels", *images):
+            for name in ("zarr.json", ".zgroup", ".zattrs"):
+                self._folder.remove(f"{path}/{name}" if path else name)
+
+
+def _labels_in(attributes: Mapping[str, Any]) -> list[str]:
+    found = {**attributes, **attributes.get("ome", {})}.get("labels", [])
+    return [name for name in found if isinstance(name, str)]
+
+
+def _levels(value: Any, kind: str | None, levels: Any, factors: Any, method: Any) -> list[CellImg]:
+    """Return the levels of an image as it was given."""
+    if isinstance(value, (Pyramid, list, tuple)):
+        for what, given in (("levels", levels), ("factors", factors), ("method", method)):
+            if given is not None and kind is None:
+                raise TypeError(f"{what} is for a single image; the levels are given")
+        if not len(value):
+            raise ValueError("an image needs at least one level, got none")
+        return [image if isinstance(image, CellImg) else pyramid(image, 1)[0] for image in value]
+    if kind is None and isinstance(value, LabelImg):
+        kind = "labels"
+    space = space_of(value if isinstance(value, CellImg) else as_input(value))
+    if factors is None:
+        factors = [
+            1 if axis_type(name) in ("time", "channel") else 2 for name in space.named.axes or ()
+        ]
+    made: Pyramid = pyramid(
+        value, levels, "labels" if kind else "image", factors=factors, method=method
+    )
+    return list(made)
+
+
+def _check_axes(space: Space, what: str) -> None:
+    """Refuse axes that OME-Zarr does not know."""
+    names = space.axes or ()
+    kinds = [axis_type(name) for name in names]
+    in_space = kinds.count("space")
+    places = [_ORDER.index(kind) for kind in kinds]
+    if not 2 <= len(names) <= 5 or not 2 <= in_space <= 3 or places != sorted(places):
+        raise ValueError(
+            f"{what} has axes {', '.join(names) or 'none'}; OME-Zarr has two to five, t before c "
+            f"before two or three in space: name them by with_space(axes=…), or write a zarr array "
+            f"by run"
+        )
+
+
+def _named(labels: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise TypeError(f"labels must map names to images, got {type(labels).__name__}")
+    for name, value in labels.items():
+        if not isinstance(name, str) or not name or "/" in name or name.startswith((".", "__")):
+            raise ValueError(f"labels must have names that can be those of folders, got {name!r}")
+        yield name, value
