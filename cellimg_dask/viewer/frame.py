@@ -99,7 +99,7 @@ class FrameViewer(neuroglancer.Viewer):  # type: ignore[misc]
         self._frame.loop.call_soon_threadsafe(lambda: callback(*args, **kwargs))
 
 
-class _Html(tornado.web.RequestHandler):  # type: ignore[misc]
+class _Html(tornado.web.RequestHandler):
     """The page itself."""
 
     def initialize(self, frame: Frame) -> None:
@@ -120,7 +120,7 @@ class _Html(tornado.web.RequestHandler):  # type: ignore[misc]
         self.finish(html.replace(b"</head>", script, 1))
 
 
-class _Script(tornado.web.RequestHandler):  # type: ignore[misc]
+class _Script(tornado.web.RequestHandler):
     """The script that paints, and that has the page fetch again what has changed."""
 
     def get(self) -> None:
@@ -129,7 +129,7 @@ class _Script(tornado.web.RequestHandler):  # type: ignore[misc]
         self.finish(importlib.resources.files(__package__).joinpath("frame.js").read_bytes())
 
 
-class _Message(tornado.web.RequestHandler):  # type: ignore[misc]
+class _Message(tornado.web.RequestHandler):
     """What the page says."""
 
     def initialize(self, frame: Frame) -> None:
@@ -153,7 +153,7 @@ class _Message(tornado.web.RequestHandler):  # type: ignore[misc]
             self.finish({} if reply is None else reply)
 
 
-class _Facts(tornado.web.RequestHandler):  # type: ignore[misc]
+class _Facts(tornado.web.RequestHandler):
     """What the page is told, as server-sent events."""
 
     def initialize(self, frame: Frame) -> None:

@@ -16,7 +16,7 @@ from cellimg_dask.geometry import Space
 from cellimg_dask.viewer.units import voxels_at
 
 if TYPE_CHECKING:
-    from cellimg_dask.viewer.view import View
+    from cellimg_dask.viewer.looking import Looking
 
 __all__ = ["Landmarks"]
 
@@ -48,7 +48,7 @@ class Landmarks:
     """
 
     def __init__(
-        self, view: View, fixed: str, moving: str, *, side_by_side: bool = False
+        self, view: Looking, fixed: str, moving: str, *, side_by_side: bool = False
     ) -> None:
         if fixed == moving:
             raise ValueError("landmarks are of two different layers")
@@ -83,17 +83,21 @@ class Landmarks:
     # ------------------------------------------------------------------ reading
 
     def pairs(self, *, in_units: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the points of the fixed and of the moving layer, in the order of their numbers.
+        """Return the points of the moving and of the fixed layer, in the order of their numbers.
+
+        As `ThinPlateSpline` takes them: ``warp(moving, ThinPlateSpline(*landmarks.pairs()),
+        like=fixed)``.
 
         Parameters
         ----------
         in_units : bool
-            Whether they are in the units of each layer, and not in its voxels.
+            Whether they are in the units of each layer, and not in its voxels; for ``warp(…,
+            coordinates="units")``.
 
         Returns
         -------
         tuple of two arrays (n, ndim)
-            Axes in the order of each layer. A point without a partner is left out.
+            Moving and fixed, axes as those of each layer. A point without a partner is left out.
         """
         found = self._read()
         numbers = sorted(found[0].keys() & found[1].keys())
@@ -104,7 +108,8 @@ class Landmarks:
             if in_units:
                 array = array * space.scale + np.asarray(space.translation)
             arrays.append(array)
-        return arrays[0], arrays[1]
+        fixed, moving = arrays
+        return moving, fixed
 
     def on_change(self, callback: Callable[[Landmarks], object]) -> Callable[[Landmarks], object]:
         """Have ``callback(landmarks)`` called when a point was placed, moved or deleted.
@@ -257,9 +262,11 @@ class Landmarks:
         with self._view.viewer.txn() as state:
             for side, numbered in points.items():
                 layer = state.layers[self._layers[side]].layer
-                kept = [] if replace else [
-                    each for each in layer.annotations if _number_of(each) not in numbered
-                ]
+                kept = (
+                    []
+                    if replace
+                    else [each for each in layer.annotations if _number_of(each) not in numbered]
+                )
                 for number, voxel in sorted(numbered.items()):
                     place = scene.place_in(
                         state.dimensions, self._spaces[side], list(voxel), state.position

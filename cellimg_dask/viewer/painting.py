@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.geometry import Roi, Space
+from cellimg_dask.geometry import Space
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.space_of import space_of
+from cellimg_dask.viewer.history import History, Stroke
 from cellimg_dask.viewer.strokes import stroke_masks
 from cellimg_dask.viewer.units import factor_of, voxels_at
 
 __all__ = ["Brush"]
 
-_MOST_STROKES = 100
-_MOST_BYTES = 128 << 20
 _STEP = 1.25
-
-
-@dataclass
-class _Stroke:
-    """What a stroke has changed: boxes, which of their voxels, and what these were before."""
-
-    name: str | None
-    parts: list[tuple[Roi, NDArray[np.bool_], NDArray[Any]]] = field(default_factory=list)
-    last: NDArray[np.float64] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its memory."""
-        return sum(mask.nbytes + values.nbytes for _, mask, values in self.parts)
 
 
 class Brush:
@@ -119,10 +101,7 @@ class Brush:
         self._free = tuple(axis not in ("t", "c") for axis in self._space.axes or ())
         if not any(self._free):
             self._free = (True,) * source.ndim
-        # One stroke or undo at a time; their edits follow one another anyway.
-        self._lock = threading.RLock()
-        self._strokes: deque[_Stroke] = deque()
-        self._undone: list[_Stroke] = []
+        self._history = History(source)
         self._on_change = on_change
         self._closed = False
         self._size = self._checked_size(10 * self._finest if size is None else size)
@@ -220,37 +199,27 @@ class Brush:
         voxels = self._points(points)
         if in_units:
             voxels = (voxels - self._space.translation) / np.asarray(self._space.scale)
-        with self._lock:
-            stroke = _Stroke(None)
+        stroke = Stroke()
+        with self._history.lock:
             number = self._draw(stroke, voxels, self._erase if erase is None else erase, normal)
-            self._remember(stroke)
+            self._history.add(stroke)
         return number
 
     def undo(self) -> bool:
         """Take the last stroke back; False if there is none."""
-        with self._lock:
-            if not self._strokes:
-                return False
-            stroke = self._strokes.pop()
-            self._undone.append(self._swap(stroke))
-        return True
+        self._check_open()
+        return self._history.undo()
 
     def redo(self) -> bool:
         """Draw the stroke again that was taken back last; False if there is none."""
-        with self._lock:
-            if not self._undone:
-                return False
-            stroke = self._undone.pop()
-            self._strokes.append(self._swap(stroke))
-        return True
+        self._check_open()
+        return self._history.redo()
 
     # ------------------------------------------------------------------ the page
 
     def facts(self) -> dict[str, Any]:
         """Return what the page has to know."""
-        units = {
-            unit for unit, free in zip(self._space.units, self._free, strict=True) if free
-        }
+        units = {unit for unit, free in zip(self._space.units, self._free, strict=True) if free}
         factor = factor_of(units.pop())[0] if len(units) == 1 else 1.0
         return {
             "layer": self.name,
@@ -290,22 +259,16 @@ class Brush:
         origin = voxels_at(self._space, names, scales, np.zeros((1, len(names))))
         across = voxels_at(self._space, names, scales, plane) - origin
         normal = self._across(across * np.asarray(self._space.scale))
-        with self._lock:
-            name = str(message["stroke"])
-            if self._strokes and self._strokes[-1].name == name:
-                stroke = self._strokes[-1]
-            else:
-                stroke = _Stroke(name)
-                self._remember(stroke)
+        with self._history.lock:
+            stroke = self._history.begun(str(message["stroke"]))
             if stroke.last is not None:
                 voxels = np.concatenate([stroke.last[None], voxels])
-            if not len(voxels):
-                return 0
-            number = self._draw(stroke, voxels, bool(message["erase"]), normal)
-            stroke.last = voxels[-1]
+            number = 0
+            if len(voxels):
+                number = self._draw(stroke, voxels, bool(message["erase"]), normal)
+                stroke.last = voxels[-1]
             if message["end"]:
-                stroke.name = None
-                self._forget()
+                self._history.end(stroke)
         return number
 
     def _across(self, directions: NDArray[np.float64]) -> Sequence[float] | None:
@@ -317,16 +280,13 @@ class Brush:
         normal[free] = np.cross(directions[0][free], directions[1][free])
         return normal.tolist() if normal.any() else None
 
-    # ------------------------------------------------------------------ edits
-
     def _draw(
         self,
-        stroke: _Stroke,
+        stroke: Stroke,
         voxels: NDArray[np.float64],
         erase: bool,
         normal: Sequence[float] | None,
     ) -> int:
-        value = self._background if erase else self._value
         masks = stroke_masks(
             voxels,
             self._size / 2,
@@ -335,45 +295,7 @@ class Brush:
             self._normal(normal) if self._shape == "disc" else None,
             self.source.grid,
         )
-        number = 0
-        with self.source.edit() as array:
-            for roi, touched in masks:
-                before = array[roi.slices]
-                mask = touched & (before != value)
-                if not mask.any():
-                    continue
-                # No more than what is changed, so that no more is computed anew.
-                box, mask = _shrunk(roi, mask)
-                before = array[box.slices]
-                after = before.copy()
-                after[mask] = value
-                array[box.slices] = after
-                stroke.parts.append((box, mask, before[mask]))
-                number += int(mask.sum())
-        return number
-
-    def _swap(self, stroke: _Stroke) -> _Stroke:
-        """Put back what a stroke has replaced; return the stroke that undoes this."""
-        opposite = _Stroke(None)
-        with self.source.edit() as array:
-            for box, mask, values in reversed(stroke.parts):
-                data = array[box.slices]
-                opposite.parts.append((box, mask, data[mask]))
-                data[mask] = values
-                array[box.slices] = data
-        return opposite
-
-    def _remember(self, stroke: _Stroke) -> None:
-        self._undone.clear()
-        if stroke.parts or stroke.name is not None:
-            self._strokes.append(stroke)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Keep no more strokes than can reasonably be taken back."""
-        room = _MOST_BYTES - sum(stroke.nbytes for stroke in self._strokes)
-        while len(self._strokes) > _MOST_STROKES or (room < 0 and len(self._strokes) > 1):
-            room += self._strokes.popleft().nbytes
+        return self._history.draw(stroke, masks, self._background if erase else self._value)
 
     # ------------------------------------------------------------------ checks
 
@@ -434,17 +356,6 @@ class Brush:
     def _changed(self) -> None:
         if self._on_change is not None:
             self._on_change()
-
-
-def _shrunk(roi: Roi, mask: NDArray[np.bool_]) -> tuple[Roi, NDArray[np.bool_]]:
-    bounds = []
-    for axis in range(mask.ndim):
-        rest = tuple(other for other in range(mask.ndim) if other != axis)
-        found = np.flatnonzero(mask.any(axis=rest))
-        bounds.append((int(found[0]), int(found[-1]) + 1))
-    start = [corner + low for corner, (low, _) in zip(roi.start, bounds, strict=True)]
-    stop = [corner + high for corner, (_, high) in zip(roi.start, bounds, strict=True)]
-    return Roi(start, stop), mask[tuple(slice(*each) for each in bounds)]
 
 
 def _checked_shape(shape: Any) -> str:

@@ -23,17 +23,20 @@ from cellimg_dask.viewer.units import factor_of
 from cellimg_dask.viewer.work import CACHED, COMPUTING, FAILED, WAITING
 
 __all__ = [
+    "append",
     "as_shown",
     "contrast_controls",
     "dimensions",
-    "first_scale",
-    "image_layer",
-    "labels_layer",
+    "look_at_center",
     "normal_to_quaternion",
     "place_in",
+    "set_contrast",
     "source_url",
-    "work_layer",
+    "work_name",
 ]
+
+_FIRST_PIXELS = 400
+"""How wide a panel is taken to be before anybody has opened it."""
 
 _SHOWN_DTYPES = {
     "image": ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "f4"),
@@ -90,7 +93,7 @@ def _cast(data: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def _magnitude(data: NDArray[Any]) -> NDArray[np.float32]:
-    return np.abs(data).astype(np.float32)
+    return np.asarray(np.abs(data), np.float32)
 
 
 def _laid_upon(space: Space, own: Space) -> Space:
@@ -126,7 +129,7 @@ def dimensions(spaces: Iterable[Space]) -> neuroglancer.CoordinateSpace:
                     f"{base or 'voxels'} by another; say where they lie: image.with_space(units=…)"
                 )
             steps[name] = min(steps.get(name, math.inf), scale * factor)
-    names = [name for name in ("x", "y", "z") if name in steps]
+    names: list[str] = [name for name in ("x", "y", "z") if name in steps]
     # Without these names the last axis runs to the right, and the one before it down.
     names += [name for name in reversed(steps) if name not in (*names, "t", "c")]
     names += [name for name in ("t",) if name in steps]
@@ -147,9 +150,7 @@ def place_in(
     if before is not None and len(before) == len(shown.names):
         found = dict(zip(shown.names, map(float, before), strict=True))
     steps = dict(zip(shown.names, shown.scales, strict=True))
-    values = zip(
-        named.axes or (), named.units, named.scale, named.translation, voxel, strict=True
-    )
+    values = zip(named.axes or (), named.units, named.scale, named.translation, voxel, strict=True)
     for name, unit, scale, shift, index in values:
         if name in steps:
             found[name] = (shift + scale * float(index)) * factor_of(unit)[0] / float(steps[name])
@@ -186,7 +187,45 @@ def first_scale(layers: Iterable[Layer], shown: neuroglancer.CoordinateSpace, pi
     return min(wanted, finest) or 1.0
 
 
+def look_at_center(state: neuroglancer.ViewerState, shown: Sequence[Layer]) -> None:
+    """Have the middle of the first layer in the middle, and all of it seen."""
+    if not shown:
+        return
+    state.dimensions = dimensions(each.space for each in shown)
+    center = [(extent - 1) // 2 for extent in shown[0].shape]
+    state.position = place_in(state.dimensions, shown[0].space, center)
+    state.cross_section_scale = first_scale(shown, state.dimensions, _FIRST_PIXELS)
+    state.projection_scale = 2 * _FIRST_PIXELS * state.cross_section_scale
+
+
 # ------------------------------------------------------------------ how
+
+
+def append(
+    state: neuroglancer.ViewerState, name: str, shown: Layer, base: str, *, work: bool
+) -> None:
+    """Put a layer above the others, and one that shows the work on it."""
+    make = labels_layer if shown.kind == "labels" else image_layer
+    state.layers.append(name=name, layer=make(shown, source_url(base, name)))
+    state.layers[name].visible = shown.visible
+    if work:
+        url = source_url(f"{base}/@work", name)
+        state.layers.append(name=work_name(name), layer=work_layer(url))
+
+
+def work_name(name: str) -> str:
+    """Return what the layer is called that shows the work on another."""
+    return f"work on {name}"
+
+
+def set_contrast(state: neuroglancer.ViewerState, name: str, contrast: tuple[float, float]) -> None:
+    """Show a range of values that was found, unless somebody has chosen one meanwhile."""
+    if name not in state.layers:
+        return
+    layer = state.layers[name].layer
+    controls = dict(layer.shader_controls.to_json())
+    if "normalized" not in controls:
+        layer.shader_controls = {**controls, **contrast_controls(contrast)}
 
 
 def source_url(base: str, name: str, edition: int | None = None) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.geometry import CellGrid, Roi
 
-__all__ = ["stroke_masks"]
+__all__ = ["stroke_masks", "tight_box"]
 
 _SLACK = 1e-9
 
@@ -64,7 +64,7 @@ def stroke_masks(
     touched: dict[tuple[int, ...], list[int]] = {}
     for number, (start, stop) in enumerate(zip(low, high, strict=True)):
         if (start < stop).all():
-            for cell in grid.cells_in(Roi(start.tolist(), stop.tolist())):
+            for cell in grid.cells_in(Roi(tuple(start.tolist()), tuple(stop.tolist()))):
                 touched.setdefault(cell.position, []).append(number)
     for position, numbers in sorted(touched.items()):
         roi = grid.roi(position)
@@ -77,12 +77,12 @@ def stroke_masks(
             last = np.minimum(high[number], end)
             part = tuple(map(slice, first - start, last - start))
             mask[part] |= _near(*pieces[number], first, last, radius, steps, is_free, normal)
-        box = _tight(mask)
+        box = tight_box(mask)
         if box is not None:
             inner = [slice(*bounds) for bounds in box]
             corner = [int(at) + bounds[0] for at, bounds in zip(start, box, strict=True)]
             far = [int(at) + bounds[1] for at, bounds in zip(start, box, strict=True)]
-            yield Roi(corner, far), mask[tuple(inner)]
+            yield Roi(tuple(corner), tuple(far)), mask[tuple(inner)]
 
 
 def _pieces(
@@ -152,8 +152,8 @@ def _near(
     return near
 
 
-def _tight(mask: NDArray[np.bool_]) -> list[tuple[int, int]] | None:
-    """Return the box of all that is set."""
+def tight_box(mask: NDArray[np.bool_]) -> list[tuple[int, int]] | None:
+    """Return the bounds along each axis of all that is set; None where nothing is."""
     if not mask.any():
         return None
     box = []

@@ -6,20 +6,18 @@ import html
 import logging
 import secrets
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.viewer.browser import Browser
 from cellimg_dask.viewer.contrast import find_contrast
+from cellimg_dask.viewer.editions import Editions
 from cellimg_dask.viewer.layers import Layer, as_layers
+from cellimg_dask.viewer.looking import Looking, checked_layout
 from cellimg_dask.viewer.serving import Server, serve
-from cellimg_dask.viewer.units import factor_of, voxels_at
 
 if TYPE_CHECKING:
     from cellimg_dask.viewer.landmarks import Landmarks
@@ -29,12 +27,8 @@ __all__ = ["View", "view"]
 
 _logger = logging.getLogger("cellimg_dask")
 
-_LAYOUTS = ("4panel", "4panel-alt", "xy", "xz", "yz", "xy-3d", "xz-3d", "yz-3d", "3d")
-_FIRST_PIXELS = 400
-"""How wide a panel is taken to be before anybody has opened it."""
 
-
-class View:
+class View(Looking):
     """Images shown in neuroglancer; made by `view`. It ends by `close`, or as a context manager.
 
     Notes
@@ -55,18 +49,17 @@ class View:
     ) -> None:
         # neuroglancer takes a second to import, and not everybody has it.
         try:
+            from cellimg_dask.viewer import scene
             from cellimg_dask.viewer.frame import Frame, FrameViewer
         except ImportError as error:
             raise ImportError(
                 "to see images neuroglancer is needed: pip install 'cellimg-dask[view]'"
             ) from error
+        self._scene = scene
         self._lock = threading.RLock()
         self._given: dict[str, Layer] = {}
         self._work = bool(work)
-        self._watches: dict[str, list[Callable[[Any], object]]] = {}
-        self._editions: dict[str, int] = {}
-        self._shown: dict[str, int] = {}
-        self._seen = threading.Condition(self._lock)
+        self._editions = Editions(self._changed)
         # A page that cannot fetch again what has changed gets a new address of it instead.
         self._by_address = False
         self._browser: Browser | None = None
@@ -75,14 +68,12 @@ class View:
         self._closed = False
         given = as_layers(layers)
         self.server: Server = serve({}, host=host, **options)
-        """The server of the layers' data."""
         try:
             self._frame = Frame(secrets.token_urlsafe(16), host, port, self._answer)
         except BaseException:
             self.server.close()
             raise
         self.viewer: Any = FrameViewer(self._frame)
-        """The ``neuroglancer.Viewer``, for all that is not offered here."""
         try:
             placed = [layer.space for layer in given.values()]
             for name, layer in given.items():
@@ -91,7 +82,6 @@ class View:
         except BaseException:
             self.close()
             raise
-        _views.add(self)
 
     # ------------------------------------------------------------------ what it is
 
@@ -99,11 +89,6 @@ class View:
     def url(self) -> str:
         """Address of the page. Whoever knows it can see all layers, and paint."""
         return str(self.viewer.get_viewer_url())
-
-    @property
-    def layers(self) -> Mapping[str, Layer]:
-        """The layers by name, as they were given."""
-        return dict(self._given)
 
     @property
     def closed(self) -> bool:
@@ -140,7 +125,7 @@ class View:
         self._prepare(name, layer, [each.space for each in self.server.layers.values()])
         with self.viewer.txn() as state:
             if len(self._given) == 1:
-                self._look_at_center(state)
+                self._scene.look_at_center(state, list(self.server.layers.values()))
             self._append(state, name)
         self._find_contrast(name)
 
@@ -151,173 +136,12 @@ class View:
             if self._brush is not None and self._brush.name == name:
                 self._brush.close()
             del self._given[name], self.server.layers[name]
-            self._watches.pop(name, None)
-            self._editions.pop(name, None)
+            self._editions.forget(name)
         with self.viewer.txn() as state:
-            for each in (name, _work_name(name)):
+            for each in (name, self._scene.work_name(name)):
                 if each in state.layers:
                     del state.layers[each]
         self._tell()
-
-    def show(
-        self,
-        name: str,
-        *,
-        visible: bool | None = None,
-        opacity: float | None = None,
-        contrast: tuple[float, float] | None = None,
-        color: str | tuple[float, float, float] | None = None,
-    ) -> None:
-        """Change how a layer looks; as for `Layer`.
-
-        Raises
-        ------
-        KeyError
-            If there is no such layer.
-        """
-        from cellimg_dask.viewer import scene
-
-        layer = self._layer(name)
-        # Checked as those of a layer are.
-        looks = Layer(np.zeros(1, np.uint8), opacity=opacity, contrast=contrast, color=color)
-        with self.viewer.txn() as state:
-            managed = state.layers[name]
-            if visible is not None:
-                managed.visible = bool(visible)
-            if layer.kind == "labels":
-                if contrast is not None:
-                    raise ValueError(f"layer {name!r} shows labels, which have no contrast")
-                if looks.opacity is not None:
-                    managed.layer.selected_alpha = looks.opacity
-                if looks.color is not None:
-                    managed.layer.segment_default_color = looks.color
-                return
-            if looks.opacity is not None:
-                managed.layer.opacity = looks.opacity
-            controls = dict(managed.layer.shader_controls.to_json())
-            if looks.contrast is not None:
-                controls |= scene.contrast_controls(looks.contrast)
-            if looks.color is not None:
-                controls["color"] = looks.color
-                managed.layer.blend = "additive"
-            managed.layer.shader_controls = controls
-
-    def selected(self, name: str) -> list[int]:
-        """Return the labels that are selected in a layer of labels, in ascending order."""
-        self._labels(name)
-        return sorted(int(label) for label in self.viewer.state.layers[name].segments)
-
-    def select(self, name: str, labels: Iterable[int]) -> None:
-        """Select labels, and no others; with none selected all are shown."""
-        self._labels(name)
-        wanted = [int(label) for label in labels]
-        with self.viewer.txn() as state:
-            state.layers[name].segments = wanted
-
-    # ------------------------------------------------------------------ where to look
-
-    @property
-    def position(self) -> tuple[float, ...]:
-        """Voxel of the first layer that is in the middle, in the order of its axes."""
-        return self.position_in(next(iter(self._given)))
-
-    @position.setter
-    def position(self, voxel: Sequence[float]) -> None:
-        self.move_to(voxel)
-
-    def position_in(self, name: str, *, in_units: bool = False) -> tuple[float, ...]:
-        """Return which voxel of a layer is in the middle, or where that is in its units."""
-        from cellimg_dask.viewer import scene
-
-        space = self._shown_layer(name).space
-        state = self.viewer.state
-        shown = state.dimensions
-        at = np.asarray([state.position], float)
-        voxel = voxels_at(space, shown.names, shown.scales, at)[0]
-        if in_units:
-            voxel = np.add(space.translation, np.multiply(space.scale, voxel))
-        # Without what rounding has left of the way there and back.
-        return tuple(round(float(part), 9) for part in voxel)
-
-    def move_to(
-        self, position: Sequence[float], *, layer: str | None = None, in_units: bool = False
-    ) -> None:
-        """Have a place in the middle.
-
-        Parameters
-        ----------
-        position : floats
-            A voxel of a layer, in the order of its axes.
-        layer : str, optional
-            Default: the first.
-        in_units : bool
-            Whether the position is in the layer's units instead.
-        """
-        from cellimg_dask.viewer import scene
-
-        name = next(iter(self._given)) if layer is None else layer
-        space = self._shown_layer(name).space
-        place = [float(part) for part in position]
-        if len(place) != space.ndim:
-            raise ValueError(
-                f"position must have {space.ndim} numbers, one for each axis of {name!r}, "
-                f"got {len(place)}"
-            )
-        if in_units:
-            place = list(np.divide(np.subtract(place, space.translation), space.scale))
-        with self.viewer.txn() as state:
-            before = state.position
-            state.position = scene.place_in(state.dimensions, space, place, before)
-
-    def zoom(self, voxels_per_pixel: float) -> None:
-        """Have so many voxels of the first layer's finest axis in a pixel of the screen."""
-        number = float(voxels_per_pixel)
-        if not number > 0:
-            raise ValueError(f"voxels_per_pixel must be positive, got {voxels_per_pixel}")
-        from cellimg_dask.viewer import scene
-
-        space = self._shown_layer(next(iter(self._given))).space
-        with self.viewer.txn() as state:
-            shown = state.dimensions
-            canonical = min(float(scale) for scale in shown.scales[:3])
-            finest = min(
-                scale * factor_of(unit)[0]
-                for name, unit, scale in zip(
-                    space.named.axes or (), space.units, space.scale, strict=True
-                )
-                if name in shown.names[:3]
-            )
-            state.cross_section_scale = number * finest / canonical
-
-    def show_oblique(self, orientation: Sequence[float]) -> None:
-        """Turn the planes.
-
-        Parameters
-        ----------
-        orientation : 3 or 4 floats
-            The direction that the first panel looks along, in the order of the axes of the first
-            layer that are shown (z, y, x); or a quaternion (x, y, z, w), as neuroglancer has it.
-            ``(1, 0, 0)`` turns back.
-        """
-        from cellimg_dask.viewer import scene
-
-        numbers = [float(part) for part in orientation]
-        if len(numbers) not in (3, 4) or not np.isfinite(numbers).all() or not any(numbers):
-            raise ValueError(
-                f"orientation must be a direction of 3 numbers or a quaternion of 4, "
-                f"got {orientation!r}"
-            )
-        if len(numbers) == 3:
-            quaternion = scene.normal_to_quaternion(numbers[::-1])
-        else:
-            quaternion = list(np.divide(numbers, np.linalg.norm(numbers)))
-        with self.viewer.txn() as state:
-            state.cross_section_orientation = quaternion
-
-    def layout(self, name: str) -> None:
-        """Choose the panels: "4panel", "xy", "xz", "yz", "xy-3d", "3d" and so on."""
-        with self.viewer.txn() as state:
-            state.layout = _checked_layout(name)
 
     # ------------------------------------------------------------------ pictures
 
@@ -382,12 +206,9 @@ class View:
         from cellimg_dask.viewer.shooting import shoot
 
         def is_current() -> bool:
-            editions = self._editions.items()
-            return self._by_address or all(
-                self._shown.get(name, -1) >= edition for name, edition in editions
-            )
+            return self._closed or self._by_address or self._editions.are_shown()
 
-        return shoot(self.viewer, self._seen, is_current, size, controls, timeout)
+        return shoot(self.viewer, self._editions.seen, is_current, size, controls, timeout)
 
     # ------------------------------------------------------------------ painting, landmarks
 
@@ -468,10 +289,7 @@ class View:
     def _answer(self, message: dict[str, Any]) -> Any:
         kind = message.get("kind")
         if kind == "shown":
-            with self._seen:
-                for name, edition in message["layers"].items():
-                    self._shown[name] = max(self._shown.get(name, -1), int(edition))
-                self._seen.notify_all()
+            self._editions.note_shown(message["layers"])
             return None
         if kind == "cannot refresh":
             _logger.warning("the viewer's page is another than expected; changes reload a layer")
@@ -489,42 +307,23 @@ class View:
         with self._lock:
             base = self.server.url
             brush = self._brush
-            from cellimg_dask.viewer import scene
-
             layers = {
                 name: {
                     "edition": edition,
-                    "prefix": scene.source_url(base, name).removeprefix("zarr3://"),
+                    "prefix": self._scene.source_url(base, name).removeprefix("zarr3://"),
                 }
-                for name, edition in self._editions.items()
+                for name, edition in self._editions.numbers().items()
             }
             facts = None if brush is None or brush.closed else brush.facts()
             self._frame.tell(layers=layers, brush=facts)
 
     # ------------------------------------------------------------------ changes
 
-    def _watch(self, name: str, shown: Layer) -> list[Callable[[Any], object]]:
-        itself = weakref.ref(self)
-
-        def changed(change: Any) -> None:
-            view = itself()
-            if view is not None:
-                view._changed(name)
-
-        return [image.on_dirty(changed) for image in shown.images]
-
-    def _changed(self, name: str) -> None:
+    def _changed(self, name: str, edition: int) -> None:
         """Have the pages fetch a layer again; what comes meanwhile is told with it."""
-        with self._lock:
-            if self._closed or name not in self._editions:
-                return
-            self._editions[name] += 1
-            edition = self._editions[name]
         self._tell()
-        if self._by_address:
-            from cellimg_dask.viewer import scene
-
-            url = scene.source_url(self.server.url, name, edition)
+        if self._by_address and not self._closed:
+            url = self._scene.source_url(self.server.url, name, edition)
 
             def readdress(state: Any) -> None:
                 if name in state.layers:
@@ -535,54 +334,25 @@ class View:
     # ------------------------------------------------------------------ beginning and end
 
     def _prepare(self, name: str, layer: Layer, placed: Sequence[Space]) -> None:
-        from cellimg_dask.viewer import scene
-
-        shown = scene.as_shown(layer, placed)
-        scene.dimensions([*(each.space for each in self.server.layers.values()), shown.space])
+        shown = self._scene.as_shown(layer, placed)
+        self._scene.dimensions([*(each.space for each in self.server.layers.values()), shown.space])
         with self._lock:
             self._given[name] = layer
             self.server.layers[name] = shown
-            self._editions[name] = 0
-            self._watches[name] = self._watch(name, shown)
+        self._editions.watch(name, shown.images)
         self._tell()
 
     def _begin(self, layout: str, prefetch: bool) -> None:
         with self.viewer.txn() as state:
-            self._look_at_center(state)
+            self._scene.look_at_center(state, list(self.server.layers.values()))
             for name in self._given:
                 self._append(state, name)
-            state.layout = _checked_layout(layout)
+            state.layout = checked_layout(layout)
             state.prefetch = bool(prefetch)
             state.show_slices = True
             state.title = ", ".join(self._given)
         for name in self._given:
             self._find_contrast(name)
-
-    def _look_at_center(self, state: Any) -> None:
-        from cellimg_dask.viewer import scene
-
-        shown = list(self.server.layers.values())
-        if not shown:
-            return
-        state.dimensions = scene.dimensions(each.space for each in shown)
-        center = [(extent - 1) // 2 for extent in shown[0].shape]
-        state.position = scene.place_in(state.dimensions, shown[0].space, center)
-        state.cross_section_scale = scene.first_scale(shown, state.dimensions, _FIRST_PIXELS)
-        state.projection_scale = 2 * _FIRST_PIXELS * state.cross_section_scale
-
-    def _append(self, state: Any, name: str) -> None:
-        from cellimg_dask.viewer import scene
-
-        shown = self._shown_layer(name)
-        url = scene.source_url(self.server.url, name)
-        if shown.kind == "labels":
-            state.layers.append(name=name, layer=scene.labels_layer(shown, url))
-        else:
-            state.layers.append(name=name, layer=scene.image_layer(shown, url))
-        state.layers[name].visible = shown.visible
-        if self._work:
-            url = scene.source_url(f"{self.server.url}/@work", name)
-            state.layers.append(name=_work_name(name), layer=scene.work_layer(url))
 
     def _find_contrast(self, name: str) -> None:
         shown = self._shown_layer(name)
@@ -590,19 +360,14 @@ class View:
             find_contrast(shown.images[-1], lambda found: self._set_contrast(name, found))
 
     def _set_contrast(self, name: str, contrast: tuple[float, float]) -> None:
-        """Show the range of values that was found meanwhile, unless somebody has chosen one."""
-        from cellimg_dask.viewer import scene
-
-        def change(state: Any) -> None:
-            if name not in state.layers:
-                return
-            layer = state.layers[name].layer
-            controls = dict(layer.shader_controls.to_json())
-            if "normalized" not in controls:
-                layer.shader_controls = controls | scene.contrast_controls(contrast)
-
         if not self._closed:
-            self.viewer.retry_txn(change, lock=True)
+            self.viewer.retry_txn(
+                lambda state: self._scene.set_contrast(state, name, contrast), lock=True
+            )
+
+    def _append(self, state: Any, name: str) -> None:
+        base = self.server.url
+        self._scene.append(state, name, self._shown_layer(name), base, work=self._work)
 
     def close(self) -> None:
         """End the view, its servers and what was started for pictures."""
@@ -610,8 +375,7 @@ class View:
             if self._closed:
                 return
             self._closed = True
-            self._watches.clear()
-            self._seen.notify_all()
+        self._editions.close()
         if self._brush is not None:
             self._brush.close()
         for landmarks in self._landmarks:
@@ -639,26 +403,6 @@ class View:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the view is closed")
-
-    def _layer(self, name: str) -> Layer:
-        self._check_open()
-        try:
-            return self._given[name]
-        except KeyError:
-            there = ", ".join(map(repr, self._given)) or "none"
-            raise KeyError(f"there is no layer {name!r}; there is {there}") from None
-
-    def _shown_layer(self, name: str) -> Layer:
-        self._layer(name)
-        return self.server.layers[name]
-
-    def _labels(self, name: str) -> Layer:
-        layer = self._layer(name)
-        if layer.kind != "labels":
-            raise ValueError(
-                f'layer {name!r} shows values; to select labels give Layer(image, kind="labels")'
-            )
-        return layer
 
 
 def view(
@@ -721,16 +465,3 @@ def view(
     return View(
         layers, host=host, port=port, layout=layout, work=work, prefetch=prefetch, **options
     )
-
-
-def _checked_layout(name: Any) -> str:
-    if name not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}, got {name!r}")
-    return str(name)
-
-
-def _work_name(name: str) -> str:
-    return f"work on {name}"
-
-
-_views: weakref.WeakSet[View] = weakref.WeakSet()
