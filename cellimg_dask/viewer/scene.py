@@ -51,7 +51,7 @@ def as_shown(layer: Layer, placed: Sequence[Space] = ()) -> Layer:
     """Return a layer as neuroglancer can show it.
 
     It knows neither double precision nor truth values, and labels without a sign only. An image
-    of which nobody has said where it lies, is laid upon the first that has as many axes.
+    of which nobody has said where it lies, is laid upon the first that has such axes.
 
     Parameters
     ----------
@@ -63,10 +63,9 @@ def as_shown(layer: Layer, placed: Sequence[Space] = ()) -> Layer:
     shown = copy.copy(layer)
     shown.images = tuple(_converted(image, layer.kind) for image in layer.images)
     if layer.space.is_plain:
-        for space in placed:
-            if space.ndim == layer.space.ndim and not space.is_plain:
-                shown.spaces = tuple(_laid_upon(space, own) for own in layer.spaces)
-                break
+        upon = next(filter(None, (_part_for(layer.space, space) for space in placed)), None)
+        if upon is not None:
+            shown.spaces = tuple(_laid_upon(upon, own) for own in layer.spaces)
     # Units that the viewer cannot read would keep it from showing the image.
     shown.spaces = tuple(_readable(space) for space in shown.spaces)
     return shown
@@ -94,6 +93,18 @@ def _cast(data: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 def _magnitude(data: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(np.abs(data), np.float32)
+
+
+def _part_for(plain: Space, space: Space) -> Space | None:
+    """Return the part of a space in which an image may lie of which nothing is known."""
+    if space.is_plain:
+        return None
+    own, names = plain.named.axes or (), space.named.axes or ()
+    if set(own) <= set(names):
+        kept = [names.index(name) for name in own]
+        if kept == sorted(kept):
+            return space.without([axis for axis in range(space.ndim) if axis not in kept])
+    return space if space.ndim == plain.ndim else None
 
 
 def _laid_upon(space: Space, own: Space) -> Space:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +24,17 @@ def stroke_masks(
     normal: NDArray[np.float64] | None,
     grid: CellGrid,
 ) -> Iterator[tuple[Roi, NDArray[np.bool_]]]:
-    """Yield what a stroke touches, cell by cell: a tight box and its voxels that are touched.
+    """Yield what a stroke touches, piece by piece: a tight box and its voxels that are touched.
+
+    Each box lies in one cell, and they are about as long as the brush is wide, so that little is
+    in a box that is not touched. Boxes may overlap.
 
     Parameters
     ----------
     points : array (n, ndim)
         Voxels that the brush's centre passes on straight lines; integers are centres.
     radius : float
-        In units of ``scale``. The voxel that holds a point is always touched.
+        In units of ``scale``. Voxels through which the line goes are always touched.
     scale : floats
         Distance of two voxels along each axis.
     free : bools
@@ -61,28 +65,20 @@ def stroke_masks(
     high = np.array([np.floor(np.maximum(a, b) + reach + 0.5 + _SLACK) + 1 for a, b in pieces])
     low = np.clip(low, 0, grid.shape).astype(np.int64)
     high = np.clip(high, 0, grid.shape).astype(np.int64)
-    touched: dict[tuple[int, ...], list[int]] = {}
-    for number, (start, stop) in enumerate(zip(low, high, strict=True)):
-        if (start < stop).all():
-            for cell in grid.cells_in(Roi(tuple(start.tolist()), tuple(stop.tolist()))):
-                touched.setdefault(cell.position, []).append(number)
-    for position, numbers in sorted(touched.items()):
-        roi = grid.roi(position)
-        begin, end = np.asarray(roi.start), np.asarray(roi.stop)
-        start = np.maximum(low[numbers].min(axis=0), begin)
-        stop = np.minimum(high[numbers].max(axis=0), end)
-        mask = np.zeros(stop - start, bool)
-        for number in numbers:
-            first = np.maximum(low[number], begin)
-            last = np.minimum(high[number], end)
-            part = tuple(map(slice, first - start, last - start))
-            mask[part] |= _near(*pieces[number], first, last, radius, steps, is_free, normal)
-        box = tight_box(mask)
-        if box is not None:
-            inner = [slice(*bounds) for bounds in box]
-            corner = [int(at) + bounds[0] for at, bounds in zip(start, box, strict=True)]
-            far = [int(at) + bounds[1] for at, bounds in zip(start, box, strict=True)]
-            yield Roi(tuple(corner), tuple(far)), mask[tuple(inner)]
+    for piece, start, stop in zip(pieces, low, high, strict=True):
+        if (start >= stop).any():
+            continue
+        for cell in grid.cells_in(Roi(tuple(start.tolist()), tuple(stop.tolist()))):
+            roi = grid.roi(cell.position)
+            first, last = np.maximum(start, roi.start), np.minimum(stop, roi.stop)
+            mask = _near(*piece, first, last, radius, steps, is_free, normal)
+            bounds = tight_box(mask)
+            if bounds is not None:
+                corners = zip(first.tolist(), bounds, strict=True)
+                corner = tuple(at + begin for at, (begin, _) in corners)
+                mask = mask[tuple(slice(*each) for each in bounds)]
+                far = tuple(at + extent for at, extent in zip(corner, mask.shape, strict=True))
+                yield Roi(corner, far), mask
 
 
 def _pieces(
@@ -145,11 +141,38 @@ def _near(
         near = (height > -half + slack) & (height <= half + slack)
         near = near & (distance - np.square(height) <= reach)
     near = np.broadcast_to(near, tuple(stop - start)).copy()
+    # However thin the brush is, its line has no gaps.
+    near |= _crossed(a, np.where(free, b, a), start, stop)
+    return near
+
+
+def _crossed(
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    start: NDArray[np.int64],
+    stop: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Return the voxels of a box through which a line goes."""
+    enter: Any = -np.inf
+    leave: Any = np.inf
+    for axis in range(len(a)):
+        shape = [-1 if axis == other else 1 for other in range(len(a))]
+        low = np.arange(start[axis], stop[axis]).reshape(shape) - 0.5
+        step = b[axis] - a[axis]
+        if step:
+            ends = (low - a[axis]) / step, (low + 1 - a[axis]) / step
+            enter = np.maximum(enter, np.minimum(*ends))
+            leave = np.minimum(leave, np.maximum(*ends))
+        else:
+            is_here = low == np.floor(a[axis] + 0.5 + _SLACK) - 0.5
+            enter = np.where(is_here, enter, np.inf)
+    crossed = np.maximum(enter, 0) < np.minimum(leave, 1)
+    found = np.broadcast_to(crossed, tuple(stop - start)).copy()
     for point in (a, b):
         voxel = np.floor(point + 0.5 + _SLACK).astype(np.int64)
         if ((voxel >= start) & (voxel < stop)).all():
-            near[tuple(voxel - start)] = True
-    return near
+            found[tuple(voxel - start)] = True
+    return found
 
 
 def tight_box(mask: NDArray[np.bool_]) -> list[tuple[int, int]] | None:

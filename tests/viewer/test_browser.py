@@ -195,7 +195,7 @@ def test_an_oblique_plane(show: Any, browser: Any, tmp_path: Path) -> None:
     shown.wait(TIMEOUT_S)
     expected = visible_cells(browser, image.grid)
     cells = counted.take()
-    assert len(set(position[0] for position in cells)) > 2
+    assert len({position[0] for position in cells}) > 2
     # A cell that the plane only grazes, between two pixels, may be among them as well.
     assert set(expected) <= set(cells)
     assert len(cells) <= 1.1 * len(expected) + 2
