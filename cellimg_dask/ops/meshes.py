@@ -277,7 +277,7 @@ def _surface(
             f"no voxel of object {label} is among those that step_size {steps} looks at; give a "
             f"smaller step_size"
         )
-    kept, numbers = _together(joined, coarse.shape)
+    kept, numbers = _together(joined)
     places = joined[kept] * (np.array(steps) * space.scale) + space.translation
     return Mesh(
         places.astype(np.float32),
@@ -333,9 +333,7 @@ def _cubes(
     return vertices.astype(np.float64) + first, faces[:, ::-1].astype(np.int64)
 
 
-def _together(
-    vertices: NDArray[np.float64], shape: tuple[int, ...]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _together(vertices: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return which vertices to keep, and for each vertex its number among them.
 
     Blocks have vertices in common, on edges between voxels: half way, so that they are equal to
@@ -345,8 +343,8 @@ def _together(
     whole = np.rint(doubled).astype(np.int64)
     shared = (doubled == whole).all(axis=1) & ((whole % 2).sum(axis=1) == 1)
     keys = -np.arange(1, len(vertices) + 1)
-    ends = [2 * n + 4 for n in shape]
-    # From -1/2 on.
-    keys[shared] = np.ravel_multi_index(tuple((whole[shared] + 2).T), ends)
+    whole -= whole.min(axis=0)
+    # Of the object's extent, not the image's, whose voxels may be too many to be numbered.
+    keys[shared] = np.ravel_multi_index(tuple(whole[shared].T), tuple(whole.max(axis=0) + 1))
     _, kept, numbers = np.unique(keys, return_index=True, return_inverse=True)
     return kept, numbers

@@ -19,8 +19,8 @@ _AT_A_TIME = 1 << 14
 """So many points are transformed together: what is in between stays in the processor's cache."""
 _CUTS = 7
 """How often at most a box is cut to find where it comes to lie."""
-_MOST_PARTS = 600
-"""So many parts of a box are looked at together, at most."""
+_MOST_PAIRS = 1 << 17
+"""With more pairs of a part of a box and a landmark the parts are not cut further."""
 _LOOSE = 0.01
 """How much wider than necessary the box that is found may be."""
 _SLACK = 1e-9
@@ -233,7 +233,7 @@ class ThinPlateSpline:
             allowed = (inner[1] - inner[0]).clip(0) * _LOOSE
             open_ = (least < inner[0] - allowed) | (greatest > inner[1] + allowed)
             again = open_.any(axis=1)
-            last_step = step == _CUTS - 1 or again.sum() > _MOST_PARTS
+            last_step = step == _CUTS - 1 or again.sum() * len(self._places) > _MOST_PAIRS
             settled = slice(None) if last_step else ~again
             if again.all() and not last_step:
                 middles = middles[again]
@@ -262,7 +262,7 @@ class ThinPlateSpline:
         # The derivative of r² log r is (2 log r + 1) times the way.
         logs = np.log(np.maximum(squares, np.finfo(float).tiny))
         slope = np.matmul((away * (logs + 1)[..., None]).swapaxes(1, 2), weights) + slopes
-        rest = _remainders(np.sqrt(squares), float(np.sqrt((half**2).sum()))) @ np.abs(weights)
+        rest = _remainders(away, squares, logs, half, weights)
         rest += _SLACK * (size + np.abs(self._weights[-1]) + 1)
         width = np.einsum("x,pxo->po", half, np.abs(slope)) + rest
         return centres - width, centres + width, rest * 2
@@ -276,28 +276,66 @@ def _kernel(squares: Floats) -> Floats:
     return logs
 
 
-def _remainders(distances: Floats, reach: float) -> Floats:
-    """Return how far r² log r lies from its tangent, at most, ``reach`` around some points.
+def _remainders(
+    away: Floats, squares: Floats, logs: Floats, half: Floats, weights: Floats
+) -> Floats:
+    """Return how far a sum of r² log r lies from its tangent, at most, around some points.
 
-    Up to functions that the weights of a spline cancel. Rows are points, columns landmarks.
+    Since the weights of all landmarks add up to 0, and so do their moments, a multiple of r² may be
+    taken off each term. What is bounded is r² (log r - c), of whichever c serves best.
 
-    The second derivatives of r² log r are 2 log r + 1 and + 3. The weights of all landmarks add up
-    to 0, so that a constant may be taken off: they are at most 2 |log r - c| + 1, and half of that
-    times the square of the reach is the remainder. That has no bound where a landmark lies
-    within reach; along a way through it, log r is integrated instead.
+    Of landmarks far away the second derivatives at the point are added up, and the third ones are
+    at most 2^(3/2) / r. Of those near by the second derivatives, 2 (log r - c) + 1 and + 3, are
+    bounded; within reach that has no bound, and log r is integrated along a way through the
+    landmark.
+
+    Parameters
+    ----------
+    away : ndarray
+        From landmarks to points, of shape (points, landmarks, axes).
+    squares, logs : ndarray
+        The squares of the distances, and their logarithms.
+    half : ndarray
+        How far the surroundings reach along each axis.
+    weights : ndarray
+        Of shape (landmarks, values).
+
+    Returns
+    -------
+    ndarray
+        Of shape (points, values).
     """
+    reach = float(np.sqrt((half**2).sum()))
     if not reach:
-        return np.zeros_like(distances)
-    nearest = np.maximum(distances - reach, 0)
-    farthest = np.log(distances + reach + np.finfo(float).tiny)
-    typical = np.median(farthest, axis=1, keepdims=True)
+        return np.zeros((len(away), weights.shape[1]))
+    distances, taken = np.sqrt(squares), np.log(reach) + 0.5
+    is_far = distances > 3 * reach
+    bounds = np.where(
+        is_far,
+        np.sqrt(2) / 3 * reach**3 / np.maximum(distances - reach, reach),
+        _near(distances, reach, taken),
+    )
+    rest: Floats = bounds @ np.abs(weights)
+    # Second derivatives of r² (log r - c) - r²: 2 (log r - c) - 1, and + 2 along the way.
+    across = np.where(is_far, logs - 2 * taken - 1, 0) @ weights
+    along = np.where(is_far, 2 / np.maximum(squares, reach**2), 0)
+    for axis, width in enumerate(half):
+        for other in range(axis + 1):
+            second = (along * away[..., axis] * away[..., other]) @ weights
+            if other == axis:
+                rest += np.abs(second + across) * (width**2 / 2)
+            else:
+                rest += np.abs(second) * (width * half[other])
+    return rest
+
+
+def _near(distances: Floats, reach: float, taken: float) -> Floats:
+    """Return how far r² (log r - taken) - r² lies from its tangent, ``reach`` around points."""
+    nearest, farthest = np.maximum(distances - reach, 0), distances + reach
+    widest = np.abs(np.log(farthest) - taken)
     with np.errstate(divide="ignore"):
-        spread = np.maximum(np.abs(np.log(nearest) - typical), np.abs(farthest - typical))
-    far = reach**2 * (spread + 0.5)
+        second = reach**2 * (np.maximum(np.abs(np.log(nearest) - taken), widest) + 0.5)
     # |log r - c| is at most that of the far end, and what log(far end / r) integrates to.
-    ends = np.exp(farthest)
-    shortest = np.minimum(reach, 2 * ends)
-    drop = shortest * (1 + np.log(2 * ends / shortest))
-    near = reach**2 * (np.abs(farthest - typical) + 0.5) + 2 * reach * drop
-    least: Floats = np.minimum(far, near)
+    drop = reach * (1 + np.log(2 * farthest / reach))
+    least: Floats = np.minimum(second, reach**2 * (widest + 0.5) + 2 * reach * drop)
     return least

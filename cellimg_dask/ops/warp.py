@@ -62,8 +62,8 @@ def warp(
     coordinates : {"voxels", "units"}
         What points are. In ``"voxels"``, voxel ``p`` of the result and voxel ``q`` of ``img``,
         whatever their spaces; as in SciPy. In ``"units"``, places as the spaces of ``like`` and
-        ``img`` give them, ``translation + scale * p``: landmarks in micrometers, images of
-        different voxel sizes.
+        ``img`` give them, ``translation + scale * p``, each in the units of its own image:
+        landmarks in micrometers, images of different voxel sizes.
     order : int, optional
         Of the spline between voxels, 0 to 5; default: 1, and 0 for a `LabelImg`. 0 takes the
         nearest voxel, exactly, also of ids that a float cannot hold. From 2 on the image is

@@ -157,6 +157,20 @@ def test_a_seed_computes_the_cells_that_the_object_touches():
     assert triangles(surface.vertices, surface.faces) == triangles(vertices, faces)
 
 
+def test_an_object_in_a_huge_image():
+    first, inner = 10**6, ball((20, 20, 20), (9, 9, 9), 6) * np.uint8(1)
+
+    def load(block):
+        inside = block.roi.shift((-first,) * 3)
+        block.data[...] = inner[inside.slices]
+
+    image = ci.fill_cells(load, ci.CellGrid((2 * first,) * 3, (10, 10, 10)), dtype="u1")
+    surface = mesh(image.with_space(translation=-first), 1, seeds=(first + 9,) * 3)
+    vertices, faces = whole(inner, 1)
+    assert triangles(surface.vertices, surface.faces) == triangles(vertices, faces)
+    assert image.stats().loads == 8
+
+
 def test_a_box_computes_its_cells():
     labels = np.zeros((40, 40, 40), "u1")
     labels[5:15, 5:12, 22:28], labels[35, 35, 35] = 3, 3
