@@ -38,14 +38,19 @@ def main() -> None:
     )
     cells = ci.label(ci.map_cells(bright, raw, halo=(8, 24, 24), dtype=bool))
     began = time.perf_counter()
-    layers = {"raw": Layer(raw, contrast=(50, 2200)), "cells": Layer(cells, opacity=0.6)}
+    layers = {"raw": Layer(raw, contrast=(50, 1500)), "cells": Layer(cells, opacity=0.6)}
     with view(layers) as shown:
-        shown.move_to((15, 230, 100))
-        shown.zoom(0.5)
+        shown.move_to((15, 225, 215))
+        shown.zoom(0.6)
+        found = np.unique(cells[...])
+        shown.meshes("cells", found[found > 0])
         with shown.viewer.txn() as state:
             state.show_axis_lines = False
-            state.projection_scale = 900
-            state.projection_orientation = [0.28, 0.2, 0.06, 0.94]
+            state.show_default_annotations = False
+            state.cross_section_background_color = "#000000"
+            state.projection_scale = 400
+            state.projection_orientation = [0.35, 0.15, 0.06, 0.92]
+            state.layers["cells"].layer.ignore_null_visible_set = False
         shown.screenshot(
             Path(__file__).parent / "images" / "view.png", size=(1200, 800), timeout=120
         )

@@ -385,6 +385,17 @@
       };
     };
     listen();
+    // Where a label is that is about to be selected, so that it need not be looked for.
+    window.addEventListener(
+      "dblclick",
+      (event) => {
+        const panel = panelAt(viewer, event);
+        if (panel === undefined) return;
+        const place = placeOf(panel, event);
+        tell({ kind: "picked", place, space: spaceOf(viewer) }).catch(report);
+      },
+      true,
+    );
     window.cellimg = { refresher, painter };
   };
 

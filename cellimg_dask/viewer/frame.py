@@ -9,9 +9,11 @@ import asyncio
 import importlib.resources
 import json
 import logging
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import unquote
 
 import neuroglancer
 import tornado.web
@@ -41,10 +43,16 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
     ) -> None:
         self.answer = answer
         """Called with each message of the page; returns what the page gets as JSON."""
+        self.find_mesh: Callable[[str], bytes | None] = lambda path: None
+        """Returns what is at an address of meshes."""
         self.facts: dict[str, Any] = {}
         """What pages know: sent to each when it is opened, and again when it changes."""
+        self._soon: dict[str, Any] = {}
         self._pages: set[asyncio.Event] = set()
         self._answering = ThreadPoolExecutor(1, "cellimg-page")
+        self._meshing = ThreadPoolExecutor(1, "cellimg-mesh")
+        if port:
+            _check_free(host, port)
         super().__init__(bind_address=host, bind_port=port, token=token)
 
     def _attempt_to_start_server(self) -> None:
@@ -57,6 +65,7 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
                 (here + _SCRIPT, _Script),
                 (here + "@message", _Message, {"frame": self}),
                 (here + "@facts", _Facts, {"frame": self}),
+                (here + "mesh/(.*)", _Mesh, {"frame": self}),
             ],
         )
 
@@ -70,6 +79,19 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
         self.facts = {**self.facts, **facts}
         self.loop.call_soon_threadsafe(self._wake)
 
+    def soon(self, name: str, call: Callable[[], object]) -> None:
+        """Call something in a second, once for all that is asked for under a name until then."""
+
+        def begin() -> None:
+            if name not in self._soon:
+                self._soon[name] = self.loop.call_later(1.0, run)
+
+        def run() -> None:
+            del self._soon[name]
+            call()
+
+        self.loop.call_soon_threadsafe(begin)
+
     def _wake(self) -> None:
         for event in self._pages:
             event.set()
@@ -77,7 +99,8 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
     def stop(self) -> None:
         """End the server and its threads."""
         super().stop()
-        self._answering.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._answering, self._meshing):
+            threads.shutdown(wait=True, cancel_futures=True)
         self.executor.shutdown(wait=False)
 
 
@@ -153,6 +176,34 @@ class _Message(tornado.web.RequestHandler):
             self.finish({} if reply is None else reply)
 
 
+class _Mesh(tornado.web.RequestHandler):
+    """Surfaces of labels."""
+
+    def initialize(self, frame: Frame) -> None:
+        self.frame = frame
+
+    async def get(self, path: str) -> None:
+        loop = asyncio.get_running_loop()
+        # First what the page has said before.
+        await loop.run_in_executor(self.frame._answering, lambda: None)
+        try:
+            found = await loop.run_in_executor(
+                self.frame._meshing, self.frame.find_mesh, unquote(path)
+            )
+        except Exception as error:
+            _logger.warning("a surface could not be made: %s", error)
+            self.set_status(500)
+            self.finish(f"{error}\n")
+            return
+        if found is None:
+            self.set_status(404)
+            self.finish("not found\n")
+            return
+        self.set_header("Content-Type", "application/octet-stream")
+        self.set_header("Cache-Control", "no-store")
+        self.finish(found)
+
+
 class _Facts(tornado.web.RequestHandler):
     """What the page is told, as server-sent events."""
 
@@ -182,3 +233,11 @@ class _Facts(tornado.web.RequestHandler):
     def on_connection_close(self) -> None:
         self.closed = True
         self.news.set()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise if a port is taken; tornado would leave a socket behind."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))

@@ -6,7 +6,7 @@ import html
 import logging
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from cellimg_dask.viewer.editions import Editions
 from cellimg_dask.viewer.layers import Layer, as_layers
 from cellimg_dask.viewer.looking import Looking, checked_layout
 from cellimg_dask.viewer.serving import Server, serve
+from cellimg_dask.viewer.surfaces import Surfaces
 
 if TYPE_CHECKING:
     from cellimg_dask.viewer.landmarks import Landmarks
@@ -65,6 +66,7 @@ class View(Looking):
         self._browser: Browser | None = None
         self._brush: Brush | None = None
         self._landmarks: list[Landmarks] = []
+        self._surfaces: dict[str, Surfaces] = {}
         self._closed = False
         given = as_layers(layers)
         self.server: Server = serve({}, host=host, **options)
@@ -73,6 +75,7 @@ class View(Looking):
         except BaseException:
             self.server.close()
             raise
+        self._frame.find_mesh = self._find_mesh
         self.viewer: Any = FrameViewer(self._frame)
         try:
             placed = [layer.space for layer in given.values()]
@@ -137,6 +140,7 @@ class View(Looking):
                 self._brush.close()
             del self._given[name], self.server.layers[name]
             self._editions.forget(name)
+            self._surfaces.pop(name, None)
         with self.viewer.txn() as state:
             for each in (name, self._scene.work_name(name)):
                 if each in state.layers:
@@ -275,6 +279,57 @@ class View(Looking):
         self._landmarks.append(made)
         return made
 
+    def meshes(self, layer: Any, labels: Iterable[int] = (), *, step_size: Any = 1) -> None:
+        """Show the surfaces of selected labels in the 3D panel.
+
+        They are computed when they are shown first, and again when the labels have changed. Of a
+        label that was selected by a double click only the cells are read that it touches; else
+        all cells are looked at.
+
+        Parameters
+        ----------
+        layer : str or image
+            A layer of labels of three axes.
+        labels : ints
+            Are selected.
+        step_size : int or ints
+            Every so many voxels are looked at, for fewer triangles.
+
+        Raises
+        ------
+        ValueError
+            If the layer is another.
+        """
+        name = self._name_of(layer)
+        self._labels(name)
+        surfaces = Surfaces(self._shown_layer(name), step_size)
+        self._surfaces[name] = surfaces
+        wanted = [int(label) for label in labels]
+        with self.viewer.txn() as state:
+            sources = state.layers[name].layer.source
+            del sources[1:]
+            sources.append(surfaces.source(self.url, name))
+            if wanted:
+                state.layers[name].segments = wanted
+
+    def _find_mesh(self, path: str) -> bytes | None:
+        name, _, rest = path.partition("/")
+        surfaces = self._surfaces.get(name)
+        return None if surfaces is None else surfaces.answer(rest)
+
+    def _renew_meshes(self, name: str) -> None:
+        """Have the pages fetch surfaces again, under another address."""
+        surfaces = self._surfaces.get(name)
+        if surfaces is None or self._closed:
+            return
+        surfaces.edition += 1
+
+        def renew(state: Any) -> None:
+            if name in state.layers and len(state.layers[name].segments):
+                state.layers[name].layer.source[1] = surfaces.source(self.url, name)
+
+        self.viewer.retry_txn(renew, lock=True)
+
     def _name_of(self, layer: Any) -> str:
         if isinstance(layer, str):
             self._layer(layer)
@@ -294,6 +349,11 @@ class View(Looking):
         if kind == "cannot refresh":
             _logger.warning("the viewer's page is another than expected; changes reload a layer")
             self._by_address = True
+            return None
+        if kind == "picked":
+            space = message["space"]
+            for surfaces in list(self._surfaces.values()):
+                surfaces.note(space["names"], space["scales"], message["place"])
             return None
         brush = self._brush
         if brush is None:
@@ -322,6 +382,8 @@ class View(Looking):
     def _changed(self, name: str, edition: int) -> None:
         """Have the pages fetch a layer again; what comes meanwhile is told with it."""
         self._tell()
+        if name in self._surfaces:
+            self._frame.soon(name, lambda: self._renew_meshes(name))
         if self._by_address and not self._closed:
             url = self._scene.source_url(self.server.url, name, edition)
 
