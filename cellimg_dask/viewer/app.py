@@ -339,7 +339,9 @@ class ServerApp:
         loop = asyncio.get_running_loop()
         loading = loop.create_task(self._load(array, index))
         gone = loop.create_task(_until_gone(receive))
+        # Until it has let go of its request.
         self._tasks.add(loading)
+        loading.add_done_callback(self._tasks.discard)
         self.work.begin(array, index)
         try:
             await asyncio.wait((loading, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -351,7 +353,6 @@ class ServerApp:
             # They cancel what they wait for.
             gone.cancel()
             loading.cancel()
-            self._tasks.discard(loading)
             self.work.end(array, index)
 
     def _outcome(
