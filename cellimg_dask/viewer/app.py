@@ -389,7 +389,7 @@ class ServerApp:
         served = self._layer(name)
         if served is None:
             return NOT_FOUND
-        if len(parts) > 2 and parts[1] == "c":
+        if len(parts) > 1 and parts[1] == "c":
             array = served.level(parts[0])
             body = None if array is None else self.work.chunk(array, parts[2:])
             return NOT_FOUND if body is None else Answer(200, [_BYTES, _NO_STORE], body)

@@ -96,7 +96,7 @@ class ServedArray:
             return body
         if self.codec == "gzip":
             return gzip.compress(body, 1, mtime=0)
-        from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+        from numcodecs.zstd import Zstd
 
         encoded: bytes = Zstd(level=1).encode(body)
         return encoded
