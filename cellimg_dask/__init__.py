@@ -50,6 +50,7 @@ from cellimg_dask.ops.frames import latest
 from cellimg_dask.ops.histograms import histogram, quantiles
 from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.labels import label, map_labels, stitch
+from cellimg_dask.ops.meshes import mesh
 from cellimg_dask.ops.normalize import normalize
 from cellimg_dask.ops.points import map_points
 from cellimg_dask.ops.pyramid import Pyramid, pyramid
@@ -57,7 +58,11 @@ from cellimg_dask.ops.reduce import Reduced, reduce_cells
 from cellimg_dask.ops.segment import segment
 from cellimg_dask.ops.stacks import map_stack, merge_stack, split_stack, stack_shape
 from cellimg_dask.ops.statistics import Statistics, statistics
+from cellimg_dask.ops.surfaces import Mesh
 from cellimg_dask.ops.tables import region_table
+from cellimg_dask.ops.thin_plate import ThinPlateSpline
+from cellimg_dask.ops.transforms import Affine
+from cellimg_dask.ops.warp import warp
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.rules import BlockUpdate
@@ -66,6 +71,7 @@ from cellimg_dask.schemas.describe import describe
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 
 __all__ = [
+    "Affine",
     "Array",
     "Block",
     "BlockCode",
@@ -88,6 +94,7 @@ __all__ = [
     "InitError",
     "Input",
     "LabelImg",
+    "Mesh",
     "NamedFunction",
     "NoContentError",
     "NoWorkersError",
@@ -108,6 +115,7 @@ __all__ = [
     "Space",
     "Statistics",
     "TargetInUseError",
+    "ThinPlateSpline",
     "Worker",
     "WorkerDiedError",
     "blob_dog",
@@ -125,6 +133,7 @@ __all__ = [
     "map_stack",
     "merge_blobs",
     "merge_stack",
+    "mesh",
     "normalize",
     "prune_blobs",
     "pyramid",
@@ -140,5 +149,6 @@ __all__ = [
     "statistics",
     "stats",
     "stitch",
+    "warp",
     "write_ome_zarr",
 ]

@@ -13,6 +13,7 @@ import pytest
 import cellimg_dask as ci
 
 PUBLIC = [
+    "Affine",
     "Array",
     "Block",
     "BlockCode",
@@ -35,6 +36,7 @@ PUBLIC = [
     "InitError",
     "Input",
     "LabelImg",
+    "Mesh",
     "NamedFunction",
     "NoContentError",
     "NoWorkersError",
@@ -55,6 +57,7 @@ PUBLIC = [
     "Space",
     "Statistics",
     "TargetInUseError",
+    "ThinPlateSpline",
     "Worker",
     "WorkerDiedError",
     "blob_dog",
@@ -72,6 +75,7 @@ PUBLIC = [
     "map_stack",
     "merge_blobs",
     "merge_stack",
+    "mesh",
     "normalize",
     "prune_blobs",
     "pyramid",
@@ -86,6 +90,7 @@ PUBLIC = [
     "statistics",
     "stats",
     "stitch",
+    "warp",
     "write_ome_zarr",
 ]
 
