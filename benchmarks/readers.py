@@ -21,7 +21,7 @@ class Reader:
     def __init__(self, port: int) -> None:
         self._stream = socket.create_connection(("127.0.0.1", port))
         self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._buffer = memoryview(bytearray(1 << 20))
+        self._buffer = memoryview(bytearray(1 << 24))
 
     def ask(self, paths: list[str], start: threading.Barrier) -> tuple[list[float], list[int]]:
         """Ask for paths one after the other, as soon as all clients are ready."""
@@ -39,15 +39,21 @@ class Reader:
         self._stream.sendall(request)
         have, end = 0, -1
         while end < 0:
-            have += self._stream.recv_into(self._buffer[have:])
+            have += self._receive(have)
             end = bytes(self._buffer[: min(have, 4096)]).find(b"\r\n\r\n")
         head = bytes(self._buffer[:end])
         assert head.startswith(b"HTTP/1.1 200 "), head
         length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
         whole = end + 4 + length
         while have < whole:
-            have += self._stream.recv_into(self._buffer[have:])
+            have += self._receive(have)
         return self._buffer[end + 4 : whole]
+
+    def _receive(self, have: int) -> int:
+        count = self._stream.recv_into(self._buffer[have:])
+        if not count:
+            raise EOFError("the server has closed the connection")
+        return count
 
 
 def main(port: int, clients: int) -> None:

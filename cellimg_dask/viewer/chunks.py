@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cellimg_dask.geometry import Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.ops.pyramid import original
 from cellimg_dask.viewer.documents import Codec, chunk_shape
 from cellimg_dask.viewer.versions import CellVersions
 
@@ -49,6 +50,8 @@ class ServedArray:
         queue = image.loader.queue
         self.elsewhere = queue is not None and queue.cells is not None
         """Whether each region that is asked for takes a thread of its own."""
+        self.only_reads = getattr(image.loader.function, "function", None) is original
+        """Whether nothing is computed: it is what some array holds."""
 
     def roi(self, index: int) -> Roi:
         """Return the box of a cell."""

@@ -248,6 +248,28 @@ def test_closing_ends_requests_and_takes_no_more(ask, ask_in_loop, threads_hang)
 # ------------------------------------------------------------------- what goes wrong
 
 
+def test_closing_does_not_wait_for_an_array_that_hangs(ask_in_loop, threads_hang):
+    began = threading.Event()
+
+    class Hanging:
+        shape, dtype, ndim = (4,), np.dtype("u1"), 1
+
+        def __getitem__(self, key):
+            began.set()
+            threads_hang.wait(PATIENCE_S)
+            return np.ones(4, "u1")[key]
+
+    app = asgi_app({"it": Hanging()})
+
+    async def close_half_way():
+        asked = asyncio.create_task(ask_in_loop(app, "/it/0/c/0"))
+        await asyncio.to_thread(began.wait, PATIENCE_S)
+        app.close()
+        return await asked
+
+    assert asyncio.run(close_half_way()).status == 503
+
+
 def test_a_block_that_raises_is_told_and_tried_again(ask):
     image, _ = counted()
     broken = [True]
@@ -313,13 +335,15 @@ def test_when_all_threads_hang_what_is_there_is_still_served(ask_in_loop, thread
 
     threads = get_crew().num_threads
     hanging = ci.fill_cells(f, ci.CellGrid((4 * threads,), 1), dtype="u1")
-    app = asgi_app({"there": there, "hangs": hanging})
+    source = ci.Source(np.ones(3, "u1"))
+    app = asgi_app({"there": there, "hangs": hanging, "raw": source})
 
     async def ask_around():
         stuck = [asyncio.create_task(ask_in_loop(app, f"/hangs/0/c/{n}")) for n in range(threads)]
         while hanging.loader.num_loading() < threads:
             await asyncio.sleep(0.001)
-        paths = ["/there/0/c/0/0", "/there/zarr.json", "/@status.json"]
+        # Data that are looked at do not wait for threads that compute either.
+        paths = ["/there/0/c/0/0", "/there/zarr.json", "/@status.json", "/raw/0/c/0"]
         replies = [await ask_in_loop(app, path) for path in paths]
         head = await ask_in_loop(app, "/hangs/0/c/1", "HEAD")
         waits = asyncio.create_task(ask_in_loop(app, "/there/0/c/2/2"))
@@ -330,7 +354,7 @@ def test_when_all_threads_hang_what_is_there_is_still_served(ask_in_loop, thread
         await asyncio.gather(*stuck)
         return [reply.status for reply in (*replies, head, await waits)]
 
-    assert asyncio.run(ask_around()) == [200] * 5
+    assert asyncio.run(ask_around()) == [200] * 6
 
 
 # ------------------------------------------------------------------- addresses
