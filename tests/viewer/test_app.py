@@ -14,9 +14,11 @@ from support import PATIENCE_S
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
 from cellimg_dask.viewer import app as app_module
+from cellimg_dask.viewer import versions as versions_module
 from cellimg_dask.viewer.app import asgi_app
 from cellimg_dask.viewer.gate import Gate
 from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.viewer.versions import CellVersions
 
 
 def counted(shape=(6, 6), cells=2, **more):
@@ -793,3 +795,61 @@ def test_where_each_request_takes_a_thread_few_are_made_at_a_time(ask_in_loop, m
     assert max(at_once) == 1
     assert order == [0, 1, 18, 16, *range(15, 4, -1), 3, 2]
     assert app._gate._free == 2
+
+
+def test_what_was_computed_with_other_parameters_is_not_told_under_the_name_of_these(
+    ask, monkeypatch
+):
+    image = ci.map_cells(np.full_like, np.ones(4, "u1"), params={"fill_value": 1}, dtype="u1")
+    app = asgi_app({"it": image})
+    load = app_module._load
+
+    async def load_of_others(array, index):
+        image.set_params(fill_value=2)
+        found = await load(array, index)
+        image.set_params(fill_value=1)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app_module, "_load", load_of_others)
+        first = ask(app, "/it/0/c/0")
+    assert first.body == bytes([2] * 4)
+    assert "etag" not in first.headers
+    assert first.headers["cache-control"] == "no-store"
+    second = ask(app, "/it/0/c/0")
+    assert second.body == bytes([1] * 4)
+    assert "etag" in second.headers
+
+
+def test_a_cell_has_no_version_while_a_change_takes_place():
+    image, _ = counted()
+    versions = CellVersions(image)
+    loader = image.loader
+    before = [versions.of(loader, index) for index in range(9)]
+    # As a change begins: its number is not in force yet.
+    loader.history.add(loader.edition + 1, [3, 4])
+    during = [versions.of(loader, index) for index in range(9)]
+    assert [n for n in range(9) if during[n] is None] == [3, 4]
+    assert [during[n] for n in (0, 8)] == [before[n] for n in (0, 8)]
+
+
+def test_versions_of_many_large_changes_change_too_often_and_never_too_seldom(monkeypatch):
+    monkeypatch.setattr(versions_module, "_LISTED", 2)
+    monkeypatch.setattr(versions_module, "_MOST_LARGE", 3)
+    monkeypatch.setattr(versions_module, "_MOST_LISTED", 4)
+    source = ci.Source(np.zeros(40, "u1"), cell_shape=1)
+    image = ci.map_cells(np.copy, source, dtype="u1")
+    versions = CellVersions(image)
+    rng = np.random.default_rng(3)
+    kept = 0
+    for _ in range(60):
+        before = [versions.of(image.loader, index) for index in range(40)]
+        low = int(rng.integers(40))
+        high = low + int(rng.integers(1, 6))
+        source[low:high] = int(rng.integers(255))
+        after = [versions.of(image.loader, index) for index in range(40)]
+        assert None not in after
+        same = [a == b for a, b in zip(before, after, strict=True)]
+        assert not any(same[low:high])
+        kept += sum(same)
+    assert kept > 600

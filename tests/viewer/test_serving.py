@@ -361,6 +361,14 @@ def test_what_is_no_request_is_refused_and_the_connection_closed(serving, get, d
     assert get(server, "it/0/c/0").status == 200
 
 
+def test_small_answers_are_sent_at_once(serving, get):
+    server = serving({"it": np.ones(3, "u1")})
+    assert get(server, "it/zarr.json").status == 200
+    (connection,) = server._listening._server.server_state.connections
+    stream = connection.transport.get_extra_info("socket")
+    assert stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_long_token_and_a_large_body_do_no_harm(serving, get):
     server = serving({"it": np.ones(3, "u1")})
     assert status_of(raw_get(server, "/" + "a" * 40_000)) == 404
