@@ -42,6 +42,10 @@ from cellimg_dask.image.input import Input
 from cellimg_dask.image.request import Request
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.stats import stats
+from cellimg_dask.io.listing import list_images
+from cellimg_dask.io.open_image import open_image
+from cellimg_dask.io.opened import ListedArray
+from cellimg_dask.io.stored_image import StoredImage
 from cellimg_dask.io.write_ome_zarr import OmeZarrReport, write_ome_zarr
 from cellimg_dask.loading.watch import Change
 from cellimg_dask.ops.blobs import merge_blobs, prune_blobs
@@ -94,6 +98,7 @@ __all__ = [
     "InitError",
     "Input",
     "LabelImg",
+    "ListedArray",
     "Mesh",
     "NamedFunction",
     "NoContentError",
@@ -114,6 +119,7 @@ __all__ = [
     "SourceChangedError",
     "Space",
     "Statistics",
+    "StoredImage",
     "TargetInUseError",
     "ThinPlateSpline",
     "Worker",
@@ -127,6 +133,7 @@ __all__ = [
     "histogram",
     "label",
     "latest",
+    "list_images",
     "map_cells",
     "map_labels",
     "map_points",
@@ -135,6 +142,7 @@ __all__ = [
     "merge_stack",
     "mesh",
     "normalize",
+    "open_image",
     "prune_blobs",
     "pyramid",
     "quantiles",

@@ -27,9 +27,9 @@ _HALO = 8
 def info(what: str, as_json: bool, env: Path | None) -> None:
     """Show what a file holds, or what a block function takes and gives.
 
-    WHAT is an image: a TIFF, PNG, JPEG, .npy or HDF5 file, or a folder with a zarr array or group
-    (version 2 or 3). Every array in it is listed, and how map_cells would cut it into cells.
-    Nothing is decoded and nothing on disk is changed.
+    WHAT is an image: a TIFF, PNG, JPEG, .npy or HDF5 file, a folder with a zarr array or group
+    (version 2 or 3), or an N5 folder. Every array in it is listed, and how map_cells would cut it
+    into cells. Nothing is decoded and nothing on disk is changed.
 
     Or it is a function, as module:function or file.py:function, which is imported, or the
     description of one in a YAML or JSON file. With --json it is printed as such a description.
@@ -71,12 +71,14 @@ def _facts(stored: Stored) -> dict[str, str]:
     facts["dtype"] = str(stored.dtype)
     facts["size"] = (
         f"{format_bytes(voxels * stored.dtype.itemsize)}, "
-        f"{format_bytes(stored.stored_bytes)} on disk"
+        f"{format_bytes(stored.listed.stored_bytes or 0)} on disk"
     )
-    facts["chunks"] = str(stored.chunks) if stored.chunks else "none"
-    if stored.shards:
-        facts["shards"] = str(stored.shards)
-    facts["compression"] = stored.compression
+    facts["chunks"] = str(stored.listed.chunks) if stored.listed.chunks else "none"
+    if stored.listed.shards:
+        facts["shards"] = str(stored.listed.shards)
+    if stored.listed.num_levels > 1:
+        facts["levels"] = str(stored.listed.num_levels)
+    facts["compression"] = stored.listed.compression
     return facts | _cells(stored)
 
 
@@ -86,7 +88,7 @@ class _Outline:
     def __init__(self, stored: Stored) -> None:
         self.shape = stored.shape
         self.dtype = stored.dtype
-        self.chunks = stored.chunks
+        self.chunks = stored.listed.chunks
 
     def __getitem__(self, key: Any) -> Any:
         raise AssertionError("only the outline is here")

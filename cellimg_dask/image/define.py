@@ -27,6 +27,7 @@ from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import Input, as_input, follow
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.space_of import space_of
+from cellimg_dask.loading.file_array import unwrapped
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.loading.node import ImageNode, defining
 from cellimg_dask.loading.readers import Reader, make_reader
@@ -486,7 +487,7 @@ def _filled_space(grid: CellGrid, items: Iterable[Input]) -> Space:
 
 def _native_cells(item: Input, whole: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return the chunk shape of an input that has the full shape, if it has chunks."""
-    array = item.array
+    array = unwrapped(item.array)
     if item.shape != whole or 0 in whole:
         return None
     if isinstance(array, CellImg):

@@ -18,6 +18,7 @@ from cellimg_dask.blocks.plan import InputPlan
 from cellimg_dask.image.describe import halo_text
 from cellimg_dask.image.drawing import CACHED, DIRTY, UNSAVED, Card, draw
 from cellimg_dask.image.tables import as_columns
+from cellimg_dask.loading.file_array import FileArray
 from cellimg_dask.loading.loader import CellLoader, ImageReader
 from cellimg_dask.loading.node import ImageNode
 from cellimg_dask.loading.readers import (
@@ -301,6 +302,8 @@ def _array_name(array: Any) -> str:
         "tensorstore": "tensorstore",
     }
     name = kinds.get(library, type(array).__name__)
+    if isinstance(array, FileArray):
+        name = array.label
     if isinstance(array, SharedArray):
         name = f"shared array {array.name}"
     root = getattr(getattr(array, "store", None), "root", None)

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.blocks.plan import Region
+from cellimg_dask.blocks.plan import Box, Region
 from cellimg_dask.geometry import CellGrid, Roi
 from cellimg_dask.state.dirty import Points, VoxelMask
 
-__all__ = ["VoxelChange", "assign", "take"]
+__all__ = ["VoxelChange", "assign", "take", "take_boxes"]
 
 VoxelChange: TypeAlias = Region | VoxelMask | Points
 """The voxels that were written."""
@@ -55,17 +55,31 @@ def take(grid: CellGrid, dtype: np.dtype[Any], tile: Tile, key: Any) -> Any:
         out = np.empty([len(axis.chosen) for axis in axes], dtype)
         for part in _parts(grid, axes):
             out[part.target] = tile(part.cell)[part.local]
-        asked = out[_as_asked(axes)]
-        keeps_array = asked.ndim or isinstance(key, Roi) or key is Ellipsis
-        if keeps_array or (isinstance(key, tuple) and any(item is Ellipsis for item in key)):
-            return asked
-        return asked[()]
+        return _as_result(out[_as_asked(axes)], key)
     coords = _coordinates(key, grid.shape)
     found = np.empty(coords[0].size, dtype)
     for index, local, chosen in _by_cell(grid, coords):
         found[chosen] = tile(index)[local]
     found = found.reshape(coords[0].shape)
     return found if isinstance(coords[0], np.ndarray) else found[()]
+
+
+def take_boxes(
+    grid: CellGrid, dtype: np.dtype[Any], read: Callable[[Box], NDArray[Any]], key: Any
+) -> Any:
+    """Return ``array[key]`` as NumPy does, for the array whose boxes ``read`` gives, as new arrays.
+
+    What is one box is read at once, anything else cell by cell.
+    """
+    axes = _basic(key, grid.shape)
+    if axes is None or any(axis.chosen.step != 1 for axis in axes):
+        return take(grid, dtype, lambda index: read(grid.roi(grid.position(index)).slices), key)
+    box = tuple(slice(axis.chosen.start, axis.chosen.stop) for axis in axes)
+    if any(part.start >= part.stop for part in box):
+        block = np.empty([len(axis.chosen) for axis in axes], dtype)
+    else:
+        block = read(box)
+    return _as_result(block[_as_asked(axes)], key)
 
 
 def assign(
@@ -195,6 +209,14 @@ def _cuts(steps: range, size: int, extent: int) -> Iterator[tuple[int, slice, sl
             chosen = steps[first:last]
             local = slice(chosen[0] - low, chosen[-1] - low + 1, steps.step)
             yield position, local, slice(first, last), len(chosen) == high - low
+
+
+def _as_result(asked: NDArray[Any], key: Any) -> Any:
+    """Return a scalar where NumPy gives one."""
+    keeps_array = asked.ndim or isinstance(key, Roi) or key is Ellipsis
+    if keeps_array or (isinstance(key, tuple) and any(item is Ellipsis for item in key)):
+        return asked
+    return asked[()]
 
 
 def _whole_mask(key: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:

@@ -11,7 +11,7 @@ from cellimg_dask.geometry import Space
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["space_of_labelled", "to_xarray", "without_labels"]
+__all__ = ["even_steps", "space_of_labelled", "to_xarray", "without_labels"]
 
 # Coordinates are written as decimal numbers in files: their steps differ in the last digits.
 _TOLERANCE = 1e-3
@@ -37,14 +37,14 @@ def space_of_labelled(array: Any) -> Space:
         if places is not None:
             said = places.attrs.get("units")
             unit = said if isinstance(said, str) and said else None
-            step, first = _even(np.asarray(places.values))
+            step, first = even_steps(np.asarray(places.values))
         units.append(unit)
         scale.append(step)
         translation.append(first)
     return Space.of(array.ndim, names, units, scale, translation)
 
 
-def _even(places: Any) -> tuple[float, float]:
+def even_steps(places: Any) -> tuple[float, float]:
     """Return step and begin of coordinates, those of voxels where they do not rise evenly."""
     if places.dtype.kind not in "iuf" or places.ndim != 1 or not places.size:
         return 1.0, 0.0

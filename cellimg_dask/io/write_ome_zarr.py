@@ -307,8 +307,10 @@ class _Group:
     def check(self, images: Sequence[_Image], *, resume: bool, overwrite: bool) -> None:
         """Refuse what is not to be carried on, and note that the group is ours."""
         mark = self._notes.read(_MARK)
-        noted = {} if mark is None else json.loads(mark)
-        if mark is None and not self._is_free() and not (overwrite and self._is_image()):
+        is_free = self._is_free()
+        # Notes that stayed when the group was removed say nothing of the next one.
+        noted = {} if mark is None or is_free else json.loads(mark)
+        if mark is None and not is_free and not (overwrite and self._is_image()):
             raise FileExistsError(
                 f"{self.where} exists and was not written by write_ome_zarr; give another path"
                 + ("" if not self._is_image() else ", or overwrite=True to replace the image")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from cellimg_dask.blocks.functions import BlockCode, BlockFunction
 from cellimg_dask.blocks.plan import Box, CellPlan, Planner
 from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.geometry import CellGrid, tiles
+from cellimg_dask.loading.file_array import FileArray, file_state
 from cellimg_dask.loading.readers import (
     ArrayReader,
     ChunkedReader,
@@ -250,9 +250,13 @@ def _stored(reader: Reader, boxes: Sequence[Box], number: int, described: Descri
         array = stored_array(reader)
         if type(array).__module__.startswith("zarr."):
             return _zarr(array, reader, boxes, number, described)
+    if isinstance(array, FileArray):
+        content = array.content(boxes)
+        if content is not None:
+            return content
     module = type(array).__module__.partition(".")[0]
     if module == "h5py":
-        return ["h5py", array.name, array.file.filename, _file(Path(array.file.filename))]
+        return ["h5py", array.name, array.file.filename, file_state(array.file.filename)]
     raise NoContentError(
         f"input {number} is a {module}.{type(array).__name__}, of which cannot be said what is in "
         f"it: give Input(array, version=…), a text that you change with its content"
@@ -282,14 +286,5 @@ def _zarr(
         known = described[number] = array.metadata, digest(content)
     grid = CellGrid(array.shape, getattr(array, "shards", None) or array.chunks)
     names = [array.metadata.encode_chunk_key(grid.position(index)) for index in _met(grid, boxes)]
-    files = [[name, _file(folder / name)] for name in names]
+    files = [[name, file_state(folder / name)] for name in names]
     return ["zarr", str(folder), known[1], files]
-
-
-def _file(path: Path) -> list[int] | None:
-    """Return size and time of change of a file; None where there is none."""
-    try:
-        found = os.stat(path)  # noqa: PTH116 - the quickest, and there may be thousands
-    except FileNotFoundError:
-        return None
-    return [found.st_size, found.st_mtime_ns]

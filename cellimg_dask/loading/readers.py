@@ -20,6 +20,7 @@ from cellimg_dask.bare.shared_array import SharedArray
 from cellimg_dask.blocks.errors import SourceChangedError
 from cellimg_dask.blocks.plan import Box, Region
 from cellimg_dask.geometry import AxisWindow, CellGrid, IrregularGrid, TileGrid, tiles
+from cellimg_dask.loading.file_array import FileArray, unwrapped
 from cellimg_dask.state.cache import CellCache, get_cache
 from cellimg_dask.state.dirty import cells_meeting
 
@@ -131,6 +132,17 @@ class SharedReader(ArrayReader):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return make_reader, (self.shared, get_cache())
+
+
+class FileReader(ArrayReader):
+    """Reads a file that is mapped into memory; where this is pickled, it is mapped anew."""
+
+    def __init__(self, file: FileArray, array: NDArray[Any]) -> None:
+        super().__init__(array)
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make_reader, (self.file, get_cache())
 
 
 class RegionReader:
@@ -328,6 +340,7 @@ def make_reader(array: Any, cache: CellCache) -> Reader:
     TypeError
         If ``array`` lacks ``shape``, ``dtype`` or ``__getitem__``, or is a masked array.
     """
+    array = unwrapped(array)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             "an input cannot be a masked array, its mask would be lost; "
@@ -339,6 +352,10 @@ def make_reader(array: Any, cache: CellCache) -> Reader:
         return SharedReader(array)
     if isinstance(array, _H5Path):
         array = array.open()
+    if isinstance(array, FileArray):
+        memory = array.memory()
+        if memory is not None:
+            return FileReader(array, memory)
     check_array(array)
     if type(array).__module__.partition(".")[0] == "xarray" and array.chunks is not None:
         array = array.data
@@ -370,7 +387,8 @@ def _new_reader(array: Any, cache: CellCache) -> Reader:
         box = _tile_box(grid, index)
         chunk = _checked(array[box], box, array)
         # These decode into a new array each time; others may give out memory of their own.
-        return chunk if module in ("zarr", "h5py") else chunk.copy()
+        is_new = module in ("zarr", "h5py") or isinstance(array, FileArray)
+        return chunk if is_new else chunk.copy()
 
     return ChunkedReader(array, grid, np.dtype(array.dtype), decode, cache)
 
@@ -473,6 +491,7 @@ def stored_array(reader: ChunkedReader) -> Any:
 
 def quick_source(array: Any) -> Any:
     """Return what reads an array the quickest, by boxes."""
+    array = unwrapped(array)
     return _Twin(array) if type(array).__module__.partition(".")[0] == "zarr" else array
 
 

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from image_files import write_n5
 
 import cellimg_dask as ci
 
@@ -153,7 +154,15 @@ def test_nothing_on_disk_changes(run, files, name):
     assert fingerprint(files[name]) == before
 
 
-def test_an_n5_folder_is_refused_and_stays_as_it_is(run, tmp_path):
+def test_an_n5_folder_is_listed_with_its_axes_turned_round(run, stack, tmp_path):
+    write_n5(tmp_path / "a.n5" / "raw" / "s0", stack)
+    said = facts(run("info", tmp_path / "a.n5").output, "raw/s0")
+    assert said["shape"] == "(6, 40, 50)"
+    assert said["chunks"] == "(6, 16, 16)"
+    assert said["compression"] == "gzip"
+
+
+def test_an_empty_n5_folder_is_refused_and_stays_as_it_is(run, tmp_path):
     folder = tmp_path / "a.n5"
     folder.mkdir()
     (folder / "attributes.json").write_text('{"n5": "2.0.0"}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import warnings
 from collections import Counter
@@ -296,6 +297,18 @@ def test_replacing(tmp_path: Path) -> None:
     assert sorted(found.name for found in path.iterdir() if found.is_dir()) >= ["0", "1"]
     assert not list(path.rglob("zarr.json"))
     assert not (path / "2/.zarray").exists()
+    np.testing.assert_array_equal(zarr.open_array(path / "0", mode="r")[:], VOLUME * 2)
+
+
+def test_notes_of_a_group_that_was_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    made = Doubled()
+    quiet(made.image(), path, version="0.4")
+    shutil.rmtree(path)
+    made.calls.clear()
+    assert quiet(made.image(), path, levels=2).ok
+    assert len(made.calls) == 36
+    yaozarrs.validate_zarr_store(str(path))
     np.testing.assert_array_equal(zarr.open_array(path / "0", mode="r")[:], VOLUME * 2)
 
 
