@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
+import weakref
+from contextlib import suppress
 
 __all__ = ["Browser"]
 
@@ -20,7 +24,6 @@ _NAMES = (
 # Drawn in software, so that it works without a graphics card; and nothing is asked of the net.
 _FLAGS = (
     "--headless=new",
-    "--no-sandbox",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -65,6 +68,8 @@ class Browser:
             [
                 program,
                 *_FLAGS,
+                # Its sandbox does not work for root; it shows nothing but our own page.
+                *(["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []),
                 f"--user-data-dir={self._folder.name}",
                 f"--window-size={size[0]},{size[1]}",
                 url,
@@ -76,6 +81,9 @@ class Browser:
             start_new_session=True,
         )
 
+        # Also when Python ends before somebody closes it.
+        self._end = weakref.finalize(self, _end, self._process, self._folder)
+
     @property
     def is_running(self) -> bool:
         """Whether it is there."""
@@ -83,16 +91,16 @@ class Browser:
 
     def close(self) -> None:
         """End the browser and remove its files."""
-        import signal
-        import time
-        from contextlib import suppress
+        self._end()
 
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for _ in range(20):
-            # Its last processes may still be writing.
-            with suppress(OSError):
-                self._folder.cleanup()
-                return
-            time.sleep(0.05)
+
+def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for _ in range(40):
+        # Its last processes may still be writing.
+        with suppress(OSError):
+            folder.cleanup()
+            return
+        time.sleep(0.05)
