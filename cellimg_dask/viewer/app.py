@@ -7,7 +7,8 @@ import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import count
 from typing import Any, Literal
 
@@ -44,6 +45,11 @@ _BYTES = (b"content-type", b"application/octet-stream")
 _REVALIDATE = (b"cache-control", b"no-cache")
 _NO_STORE = (b"cache-control", b"no-store")
 _RANGES = (b"accept-ranges", b"bytes")
+
+_ELSEWHERE = 64
+"""Cells that workers elsewhere are asked for at a time; each takes a thread here."""
+_READERS = 8
+"""Cells of arrays that are read at a time, also while all threads compute."""
 
 # Requests of all servers: whoever asks last is served first.
 _priorities = count(-1, -1)
@@ -84,7 +90,9 @@ class ServerApp:
         self._root: tuple[tuple[_ServedLayer, ...], dict[str, dict[str, _Document]]] = ((), {})
         self._tasks: set[asyncio.Task[Any]] = set()
         # Where each request takes a thread.
-        self._gate = Gate(64)
+        self._gate = Gate(_ELSEWHERE)
+        self._reading = Gate(_READERS)
+        self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         self._common: Headers = [(b"x-content-type-options", b"nosniff")]
         if allow_origin is not None:
@@ -105,7 +113,19 @@ class ServerApp:
         """End all requests with an error, and take no more for cells."""
         self._closed = True
         for task in list(self._tasks):
-            task.get_loop().call_soon_threadsafe(task.cancel)
+            # The loop may have ended.
+            with suppress(RuntimeError):
+                task.get_loop().call_soon_threadsafe(task.cancel)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            # What hangs is not waited for.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """Return the threads that read arrays and compress."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_READERS)
+        return self._pool
 
     # ------------------------------------------------------------------ ASGI
 
@@ -311,7 +331,7 @@ class ServerApp:
         body: bytes | memoryview = voxels
         if array.codec is not None:
             loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(None, array.encode, voxels)
+            body = await loop.run_in_executor(self._threads(), array.encode, voxels)
         headers = [_BYTES, _RANGES]
         headers += [_NO_STORE] if tag is None else [(b"etag", tag), _REVALIDATE]
         self.work.num_chunks += 1
@@ -339,7 +359,9 @@ class ServerApp:
         loop = asyncio.get_running_loop()
         loading = loop.create_task(self._load(array, index))
         gone = loop.create_task(_until_gone(receive))
+        # Until it has let go of its request.
         self._tasks.add(loading)
+        loading.add_done_callback(self._tasks.discard)
         self.work.begin(array, index)
         try:
             await asyncio.wait((loading, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -351,7 +373,6 @@ class ServerApp:
             # They cancel what they wait for.
             gone.cancel()
             loading.cancel()
-            self._tasks.discard(loading)
             self.work.end(array, index)
 
     def _outcome(
@@ -374,13 +395,14 @@ class ServerApp:
         return plain(500, text + "\n")
 
     async def _load(self, array: ServedArray, index: int) -> tuple[NDArray[Any], CellLoader]:
-        if not array.elsewhere:
-            return await _load(array, index)
-        await self._gate.enter()
-        try:
-            return await _load(array, index)
-        finally:
-            self._gate.leave()
+        if array.only_reads:
+            loop = asyncio.get_running_loop()
+            async with self._reading:
+                return await loop.run_in_executor(self._threads(), _read, array, index)
+        if array.elsewhere:
+            async with self._gate:
+                return await _load(array, index)
+        return await _load(array, index)
 
     # ------------------------------------------------------------------ work
 
@@ -388,7 +410,7 @@ class ServerApp:
         served = self._layer(name)
         if served is None:
             return NOT_FOUND
-        if len(parts) > 2 and parts[1] == "c":
+        if len(parts) > 1 and parts[1] == "c":
             array = served.level(parts[0])
             body = None if array is None else self.work.chunk(array, parts[2:])
             return NOT_FOUND if body is None else Answer(200, [_BYTES, _NO_STORE], body)
@@ -523,6 +545,13 @@ def checked_token(token: str | None) -> str | None:
             f"got {token!r}"
         )
     return token
+
+
+def _read(array: ServedArray, index: int) -> tuple[NDArray[Any], CellLoader]:
+    """Return a cell of an array, read on this thread, and the edition that it is of."""
+    # Whoever looks at data does not wait for threads that compute.
+    loader = array.image.loader
+    return array.image.load(index), loader
 
 
 async def _load(array: ServedArray, index: int) -> tuple[NDArray[Any], CellLoader]:

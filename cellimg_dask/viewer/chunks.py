@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cellimg_dask.geometry import Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.loading.loader import CellLoader
+from cellimg_dask.ops.pyramid import original
 from cellimg_dask.viewer.documents import Codec, chunk_shape
 from cellimg_dask.viewer.versions import CellVersions
 
@@ -49,6 +50,8 @@ class ServedArray:
         queue = image.loader.queue
         self.elsewhere = queue is not None and queue.cells is not None
         """Whether each region that is asked for takes a thread of its own."""
+        self.only_reads = getattr(image.loader.function, "function", None) is original
+        """Whether nothing is computed: it is what some array holds."""
 
     def roi(self, index: int) -> Roi:
         """Return the box of a cell."""
@@ -96,7 +99,7 @@ class ServedArray:
             return body
         if self.codec == "gzip":
             return gzip.compress(body, 1, mtime=0)
-        from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+        from numcodecs.zstd import Zstd
 
         encoded: bytes = Zstd(level=1).encode(body)
         return encoded

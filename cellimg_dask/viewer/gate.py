@@ -18,6 +18,12 @@ class Gate:
         self._free = capacity
         self._waiting: list[asyncio.Future[None]] = []
 
+    async def __aenter__(self) -> None:
+        await self.enter()
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.leave()
+
     async def enter(self) -> None:
         """Wait until there is room."""
         if self._free:

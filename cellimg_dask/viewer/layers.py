@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from numbers import Real
 from typing import Any, Literal
@@ -298,7 +299,7 @@ def _space_of_level(image: CellImg, first: CellImg) -> Space:
     unsaid = Space.of(own.ndim)
     if said not in ((base.scale, base.translation), (unsaid.scale, unsaid.translation)):
         return Space(base.axes, base.units, own.scale, own.translation)
-    factors = [_factor(n, m) for n, m in zip(first.shape, image.shape, strict=True)]
+    factors = _factors(first.shape, image.shape)
     return Space(
         base.axes,
         base.units,
@@ -310,17 +311,28 @@ def _space_of_level(image: CellImg, first: CellImg) -> Space:
     )
 
 
-def _factor(extent: int, shorter: int) -> float:
-    """Return how many voxels of an axis make one of a shorter axis."""
-    if extent == shorter or not shorter:
-        return 1.0
-    power = 2
-    while -(-extent // power) > shorter:
-        power *= 2
-    if -(-extent // power) == shorter:
-        return float(power)
-    whole = -(-extent // shorter)
-    return float(whole) if -(-extent // whole) == shorter else extent / shorter
+def _factors(shape: Sequence[int], shorter: Sequence[int]) -> list[float]:
+    """Return per axis how many voxels make one of a level: the same along all, if that fits."""
+    fitting = [
+        # ceil(n / f) = m from the first to the last of these.
+        range(-(-n // m), -(-n // (m - 1)) if m > 1 else 2 * n) if 0 < m < n else range(0)
+        for n, m in zip(shape, shorter, strict=True)
+    ]
+    votes: Counter[int] = Counter()
+    for own in fitting:
+        powers = (1 << power for power in range((own.stop or 1).bit_length()))
+        votes.update({factor for factor in (own.start, *powers) if factor in own})
+    factors = []
+    for own, n, m in zip(fitting, shape, shorter, strict=True):
+        if not own:
+            factors.append(n / m if 0 < m < n else 1.0)
+            continue
+        common = [factor for factor in votes if factor in own]
+        # Among equals one without a rest, then a power of two.
+        factors.append(
+            float(max(common, key=lambda f: (votes[f], n % f == 0, f & (f - 1) == 0, -f)))
+        )
+    return factors
 
 
 # ------------------------------------------------------------------- looks
