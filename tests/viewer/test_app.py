@@ -842,6 +842,8 @@ def test_versions_of_many_large_changes_change_too_often_and_never_too_seldom(mo
     versions = CellVersions(image)
     rng = np.random.default_rng(3)
     kept = 0
+    changes = [0] * 40
+    named: dict[tuple[int, str | None], int] = {}
     for _ in range(60):
         before = [versions.of(image.loader, index) for index in range(40)]
         low = int(rng.integers(40))
@@ -852,4 +854,8 @@ def test_versions_of_many_large_changes_change_too_often_and_never_too_seldom(mo
         same = [a == b for a, b in zip(before, after, strict=True)]
         assert not any(same[low:high])
         kept += sum(same)
+        for index in range(40):
+            changes[index] += low <= index < high
+            # A name never stands for two contents.
+            assert named.setdefault((index, after[index]), changes[index]) == changes[index]
     assert kept > 600
