@@ -34,7 +34,7 @@ from cellimg_dask.viewer.layers import Layer, Layers
 from cellimg_dask.viewer.page import PAGE
 from cellimg_dask.viewer.work import Work
 
-__all__ = ["ServerApp", "asgi_app", "checked_token"]
+__all__ = ["ServerApp", "checked_token"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -56,7 +56,7 @@ _priorities = count(-1, -1)
 
 
 class ServerApp:
-    """An ASGI app that serves images as virtual OME-Zarr; made by `asgi_app`.
+    """An ASGI app that serves images as virtual OME-Zarr; made by ``asgi_app``.
 
     Notes
     -----
@@ -475,66 +475,6 @@ class _ServedLayer:
         known = len(self.arrays)
         number = position_of([part], [known])
         return None if number is None else self.arrays[number]
-
-
-def asgi_app(
-    layers: Any,
-    *,
-    token: str | None = None,
-    compression: Codec | None = None,
-    max_requests: int = 10_000,
-    allow_origin: str | None = "*",
-) -> ServerApp:
-    r"""Return an ASGI app that serves images as virtual OME-Zarr, to be mounted in another.
-
-    Below where it is mounted, and below the token if there is one, ``<name>/`` is the image of
-    that name as OME-Zarr 0.5 in zarr 3, ``@0.4/<name>/`` the same as OME-Zarr 0.4 in zarr 2. A
-    chunk is a cell: whoever reads it has that cell computed, and no other. `serve` runs it.
-
-    Parameters
-    ----------
-    layers : mapping of str to image
-        As in `serve`.
-    token : str, optional
-        First part of all addresses; without it there is nothing. Default: none.
-    compression : {"zstd", "gzip"}, optional
-        How chunks are compressed. Default: not at all.
-    max_requests : int
-        So many chunks may be waited for at a time; further requests are refused (503).
-    allow_origin : str or None
-        Which web pages may read: ``"*"`` all of them, an origin, or None.
-
-    Returns
-    -------
-    ServerApp
-        With ``layers``, which may be changed, and ``close()``.
-
-    Examples
-    --------
-    >>> import asyncio
-    >>> import numpy as np
-    >>> import cellimg_dask as ci
-    >>> app = asgi_app({"raw": np.arange(6, dtype="u1")})
-    >>> async def get(path):
-    ...     sent = []
-    ...     async def send(message):
-    ...         sent.append(message)
-    ...     async def receive():
-    ...         await asyncio.sleep(60)
-    ...     await app({"type": "http", "method": "GET", "path": path, "headers": []}, receive, send)
-    ...     return sent[0]["status"], bytes(sent[1]["body"])
-    >>> asyncio.run(get("/raw/0/c/0"))
-    (200, b'\x00\x01\x02\x03\x04\x05')
-    >>> asyncio.run(get("/raw/0/c/1"))
-    (404, b'not found\n')
-    """
-    return ServerApp(
-        layers,
-        token=token,
-        compression=compression,
-        max_requests=max_requests,
-        allow_origin=allow_origin,
-    )
 
 
 def checked_token(token: str | None) -> str | None:

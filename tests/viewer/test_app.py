@@ -15,9 +15,9 @@ import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
 from cellimg_dask.viewer import app as app_module
 from cellimg_dask.viewer import versions as versions_module
-from cellimg_dask.viewer.app import asgi_app
 from cellimg_dask.viewer.gate import Gate
 from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.viewer.serving import asgi_app
 from cellimg_dask.viewer.versions import CellVersions
 
 

@@ -12,7 +12,7 @@ from support import PATIENCE_S
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
-from cellimg_dask.viewer.app import asgi_app
+from cellimg_dask.viewer.serving import asgi_app
 from cellimg_dask.viewer.work import CACHED, COMPUTING, FAILED, UNKNOWN, WAITING
 
 
