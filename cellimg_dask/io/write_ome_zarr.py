@@ -106,6 +106,8 @@ def write_ome_zarr(
     sharded: bool | None = None,
     compressor: str | None = "zstd",
     level: int | None = None,
+    fill_value: Any = 0,
+    verify: Literal["checksums", "sizes"] = "checksums",
     cells_per_call: int | Sequence[int] | Literal["auto"] | None = None,
     max_memory: int | None = None,
     timeout_s: float = 600.0,
@@ -140,8 +142,8 @@ def write_ome_zarr(
         Of OME-Zarr: 0.5 is written in zarr 3, 0.4 in zarr 2.
     cells_per_call
         As in `run`, for the finest level of ``img``.
-    queue, resume, overwrite, retries, progress, chunks, sharded, compressor, level, max_memory, \
-timeout_s
+    queue, resume, overwrite, retries, progress, chunks, sharded, compressor, level, fill_value, \
+verify, max_memory, timeout_s
         As in `run`.
 
     Returns
@@ -174,6 +176,8 @@ timeout_s
         raise ValueError(f'version must be "0.5" or "0.4", got {version!r}')
     if not isinstance(progress, bool):
         raise TypeError(f"progress must be a bool, got {progress!r}")
+    if verify not in ("checksums", "sizes"):
+        raise ValueError(f'verify must be "checksums" or "sizes", got {verify!r}')
     where = place_of_target(path)
     if name is None:
         name = where.rstrip("/").rpartition("/")[2].partition(".")[0] or "image"
@@ -182,6 +186,7 @@ timeout_s
         "sharded": sharded,
         "compressor": compressor,
         "level": level,
+        "fill_value": fill_value,
         "zarr_format": 2 if version == "0.4" else 3,
     }
     images = [_Image.of("", name, img, None, (levels, factors, method), storing)]
@@ -191,7 +196,7 @@ timeout_s
     filling = Filling(
         queue,
         as_int(retries, "retries", minimum=0),
-        checksums=True,
+        checksums=verify == "checksums",
         max_memory=None if max_memory is None else as_int(max_memory, "max_memory", minimum=1),
         timeout_s=timeout_s,
         progress=progress,
