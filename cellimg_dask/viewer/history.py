@@ -23,18 +23,18 @@ _MOST_BYTES = 128 << 20
 
 @dataclass
 class Stroke:
-    """What a stroke has changed: boxes, which of their voxels, and what these were before."""
+    """What a stroke has changed: boxes, which of their voxels, what these were, and became."""
 
     name: str | None = None
     """While it is being drawn."""
-    parts: list[tuple[Roi, NDArray[np.bool_], NDArray[Any]]] = field(default_factory=list)
+    parts: list[tuple[Roi, NDArray[np.bool_], NDArray[Any], Any]] = field(default_factory=list)
     last: NDArray[np.float64] | None = None
     """Where it ends so far."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of its memory."""
-        return sum(mask.nbytes + values.nbytes for _, mask, values in self.parts)
+        return sum(mask.nbytes + old.nbytes + new.nbytes for _, mask, old, new in self.parts)
 
 
 class History:
@@ -59,7 +59,7 @@ class History:
         number = 0
         with self.lock, self.source.edit() as array:
             for roi, touched in masks:
-                mask = touched & (array[roi.slices] != value)
+                mask = touched & ~_same(array[roi.slices], value)
                 # No more than what is changed, so that no more is computed anew.
                 bounds = tight_box(mask)
                 if bounds is None:
@@ -69,7 +69,7 @@ class History:
                 start = tuple(at + low for at, (low, _) in corner)
                 box = Roi(start, tuple(map(sum, zip(start, mask.shape, strict=True))))
                 data = array[box.slices]
-                stroke.parts.append((box, mask, data[mask]))
+                stroke.parts.append((box, mask, data[mask], np.asarray(value, data.dtype)))
                 data[mask] = value
                 array[box.slices] = data
                 number += int(mask.sum())
@@ -100,28 +100,55 @@ class History:
                 room += self._strokes.popleft().nbytes
 
     def undo(self) -> bool:
-        """Take the last stroke back; False if there is none."""
+        """Take the last stroke back; False if there is none.
+
+        Voxels that somebody else has changed since stay as they are.
+        """
         with self.lock:
-            if not self._strokes:
-                return False
-            self._undone.append(self._swap(self._strokes.pop()))
-        return True
+            # Of a stroke whose page went away, or that could not be drawn, nothing may be there.
+            while self._strokes and not self._strokes[-1].parts:
+                self._strokes.pop()
+            return self._move(self._strokes, self._undone)
 
     def redo(self) -> bool:
         """Draw the stroke again that was taken back last; False if there is none."""
         with self.lock:
-            if not self._undone:
-                return False
-            self._strokes.append(self._swap(self._undone.pop()))
+            return self._move(self._undone, self._strokes)
+
+    def _move(
+        self, strokes: deque[Stroke] | list[Stroke], others: deque[Stroke] | list[Stroke]
+    ) -> bool:
+        if not strokes:
+            return False
+        # It stays where it is if the source cannot be changed.
+        opposite = self._swap(strokes[-1])
+        strokes.pop()
+        others.append(opposite)
         return True
 
     def _swap(self, stroke: Stroke) -> Stroke:
         """Put back what a stroke has replaced; return the stroke that undoes this."""
         opposite = Stroke()
         with self.source.edit() as array:
-            for box, mask, values in reversed(stroke.parts):
+            for box, mask, old, new in reversed(stroke.parts):
                 data = array[box.slices]
-                opposite.parts.append((box, mask, data[mask]))
-                data[mask] = values
+                mine = _same(data[mask], new)
+                if not mine.all():
+                    mask = mask.copy()
+                    mask[mask] = mine
+                    old = old[mine]
+                    new = new if new.ndim == 0 else new[mine]
+                if not mine.any():
+                    continue
+                opposite.parts.append((box, mask, data[mask], old))
+                data[mask] = old
                 array[box.slices] = data
         return opposite
+
+
+def _same(data: NDArray[Any], value: Any) -> NDArray[np.bool_]:
+    """Return which voxels have a value, or those of an array; what is no number equals itself."""
+    same = data == value
+    if data.dtype.kind in "fc":
+        same = same | (np.isnan(data) & np.isnan(value))
+    return np.asarray(same, bool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,8 @@ from cellimg_dask.viewer.units import factor_of, voxels_at
 __all__ = ["Brush"]
 
 _STEP = 1.25
+_FARTHEST = 1e100
+"""So that squares of lengths are finite."""
 
 
 class Brush:
@@ -254,7 +255,7 @@ class Brush:
         names = [str(name) for name in message["space"]["names"]]
         scales = [float(scale) for scale in message["space"]["scales"]]
         points = np.asarray(message["points"], float).reshape(-1, len(names))
-        voxels = voxels_at(self._space, names, scales, points)
+        voxels = self._points(voxels_at(self._space, names, scales, points), at_least=0)
         plane = np.asarray(message["plane"], float).reshape(2, len(names))
         origin = voxels_at(self._space, names, scales, np.zeros((1, len(names))))
         across = voxels_at(self._space, names, scales, plane) - origin
@@ -319,21 +320,21 @@ class Brush:
             )
         return np.asarray(found / np.linalg.norm(found))
 
-    def _points(self, points: Any) -> NDArray[np.float64]:
+    def _points(self, points: Any, at_least: int = 1) -> NDArray[np.float64]:
         found = np.atleast_2d(np.asarray(points, float))
-        if found.ndim != 2 or found.shape[1] != self.source.ndim or not len(found):
+        if found.ndim != 2 or found.shape[1] != self.source.ndim or len(found) < at_least:
             raise ValueError(
                 f"points must be an array of shape (n, {self.source.ndim}), got one of shape "
                 f"{np.asarray(points).shape}"
             )
-        if not np.isfinite(found).all():
-            raise ValueError("points must be finite")
+        if not (np.abs(found) <= _FARTHEST).all():
+            raise ValueError(f"points must be finite, and no further than {_FARTHEST:g} away")
         return found
 
     def _checked_size(self, size: Any) -> float:
         number = float(size)
-        if not (0 < number < math.inf):
-            raise ValueError(f"size must be positive, got {size!r}")
+        if not (0 < number <= _FARTHEST):
+            raise ValueError(f"size must be positive, and at most {_FARTHEST:g}, got {size!r}")
         return number
 
     def _checked_value(self, value: Any) -> Any:

@@ -60,7 +60,12 @@ def stroke_masks(
         half = float(np.abs(normal * steps).sum()) / 2
         flat = radius * np.sqrt(np.clip(1 - normal**2, 0, 1)) + half * np.abs(normal)
         reach = np.where(is_free, flat / steps, 0.0)
-    pieces = list(_pieces(points, radius, steps, is_free))
+    # However far the line goes, it is followed only where it can touch the image.
+    margin = np.where(is_free, (radius + float(steps.max())) / steps, 0.0) + 1
+    far = np.asarray(grid.shape) - 1 + margin
+    pieces = list(_pieces(points, radius, steps, is_free, -margin, far))
+    if not pieces:
+        return
     low = np.array([np.floor(np.minimum(a, b) - reach + 0.5 - _SLACK) for a, b in pieces])
     high = np.array([np.floor(np.maximum(a, b) + reach + 0.5 + _SLACK) + 1 for a, b in pieces])
     low = np.clip(low, 0, grid.shape).astype(np.int64)
@@ -82,22 +87,63 @@ def stroke_masks(
 
 
 def _pieces(
-    points: NDArray[np.float64], radius: float, steps: NDArray[np.float64], free: NDArray[np.bool_]
+    points: NDArray[np.float64],
+    radius: float,
+    steps: NDArray[np.float64],
+    free: NDArray[np.bool_],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Yield the lines in pieces about as long as the brush is wide, so that boxes stay small."""
+    """Yield the lines in pieces about as long as the brush is wide, so that boxes stay small.
+
+    What lies outside of ``low`` and ``high`` is left out.
+    """
+    lines: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
     if len(points) == 1:
-        yield points[0], points[0]
+        lines.append((points[0], points[0]))
     for start, stop in pairwise(points):
-        length = float(np.linalg.norm((stop - start) * steps))
-        longest = max(2 * radius, 8 * float(steps.max()))
         if not np.array_equal(np.rint(start[~free]), np.rint(stop[~free])):
             # It goes from one picture of a film to another: there is no line between them.
-            yield start, start
-            yield stop, stop
+            lines += [(start, start), (stop, stop)]
+        else:
+            lines.append((start, stop))
+    for line in lines:
+        inside = _inside(*line, low, high)
+        if inside is None:
             continue
+        start, stop = inside
+        length = float(np.linalg.norm((stop - start) * steps))
+        longest = max(2 * radius, 8 * float(steps.max()))
         count = max(1, int(np.ceil(length / longest)))
         ends = [start + (stop - start) * (part / count) for part in range(count + 1)]
         yield from pairwise(ends)
+
+
+def _inside(
+    start: NDArray[np.float64],
+    stop: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return the part of a line that lies in a box; None where there is none."""
+    ends = np.array([start, stop])
+    if ((ends >= low) & (ends <= high)).all():
+        return start, stop
+    if ((ends < low).all(axis=0) | (ends > high).all(axis=0)).any():
+        return None
+    if np.abs(start).max() > np.abs(stop).max():
+        # Counted from the nearer end, so that less is lost by rounding.
+        found = _inside(stop, start, low, high)
+        return None if found is None else (found[1], found[0])
+    step = stop - start
+    moves = step != 0
+    shares = (np.array([low, high]) - start)[:, moves] / step[moves]
+    first = max(0.0, float(shares.min(axis=0).max()))
+    last = min(1.0, float(shares.max(axis=0).min()))
+    if first > last:
+        return None
+    end = stop if last == 1 else start + last * step
+    return np.clip(start + first * step, low, high), np.clip(end, low, high)
 
 
 def _near(

@@ -294,3 +294,91 @@ def test_only_sources_are_painted() -> None:
         assert shown._frame.facts["brush"]["erase"]
         in_time(second.stroke, (1, 1))
     assert second.closed
+
+
+@settings(max_examples=40)
+@given(points_2d, st.integers(0, 3), st.sampled_from([1e3, 1e9, 1e30]), st.integers(0, 7))
+def test_a_line_may_lead_far_out_of_the_image(
+    points: Any, at: int, far: float, direction: int
+) -> None:
+    turn = direction * np.pi / 4
+    outside = tuple(np.round([far * np.sin(turn), far * np.cos(turn)]))
+    line = [*points[:at], outside, *points[at:]]
+    source = ci.Source(np.zeros((11, 12), "u1"), cell_shape=5)
+    Brush(source, size=4.02).stroke(line)
+    # Further out the steps of floats count.
+    if far < 1e9:
+        expected = near_line(line, 2.01, (1, 1), (11, 12))
+        np.testing.assert_array_equal(painted(source), expected)
+    for point in points:
+        voxel = np.floor(np.asarray(point) + 0.5).astype(int)
+        if (voxel >= 0).all() and (voxel < (11, 12)).all():
+            assert source[tuple(voxel)] == 1
+
+
+@pytest.mark.parametrize("point", [[1e30, 0], [float("nan"), 0], [float("inf"), 0], [1e308, 1e308]])
+def test_the_page_may_lie_about_where_it_is(point: Any) -> None:
+    source = ci.Source(np.zeros((5, 6), "u1"))
+    brush = Brush(source, size=1)
+    message = {
+        "kind": "stroke",
+        "stroke": "a",
+        "points": [[0, 0], point],
+        "plane": [[1, 0], [0, 1]],
+        "erase": False,
+        "end": True,
+        "space": {"names": ["x", "y"], "scales": [1, 1], "units": ["", ""]},
+    }
+    if abs(point[0]) <= 1e100:
+        assert brush.answer(message) == {"changed": 6}
+        return
+    with pytest.raises(ValueError, match="finite"):
+        brush.answer(message)
+    assert not painted(source).any()
+
+
+def test_undo_leaves_what_somebody_else_has_changed_since() -> None:
+    source = ci.Source(np.zeros((3, 8), "u1"), cell_shape=3)
+    brush = Brush(source, size=1, value=7)
+    brush.stroke([(1, 1), (1, 6)])
+    with source.edit() as array:
+        array[1, 3] = 99
+    assert brush.undo()
+    assert source[1].tolist() == [0, 0, 0, 99, 0, 0, 0, 0]
+    with source.edit() as array:
+        array[1, 5] = 55
+    assert brush.redo()
+    assert source[1].tolist() == [0, 7, 7, 99, 7, 55, 7, 0]
+    other = Brush(source, size=1, value=9)
+    other.stroke([(1, 1), (1, 2)])
+    assert brush.undo()
+    assert source[1].tolist() == [0, 9, 9, 99, 0, 55, 0, 0]
+
+
+def test_what_is_no_number_can_be_painted_once_and_taken_back() -> None:
+    source = ci.Source(np.zeros((3, 8), "f4"))
+    brush = Brush(source, size=1, value=np.nan)
+    assert brush.stroke([(1, 1), (1, 6)]) == 6
+    assert brush.stroke([(1, 1), (1, 6)]) == 0
+    assert brush.undo()
+    assert not np.isnan(np.asarray(source)).any()
+    assert not brush.undo()
+
+
+def test_a_stroke_that_could_not_be_taken_back_can_still_be(monkeypatch: Any) -> None:
+    source = ci.Source(np.zeros((3, 8), "u1"))
+    brush = Brush(source, size=1)
+    brush.stroke((1, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "edit", lambda: (_ for _ in ()).throw(OSError("the disk is full")))
+        with pytest.raises(OSError, match="full"):
+            brush.undo()
+    assert brush.undo()
+    assert not painted(source).any()
+
+
+@pytest.mark.parametrize("size", [1e101, float("inf"), float("nan"), 0, -1])
+def test_sizes_that_no_brush_can_have(size: float) -> None:
+    with pytest.raises(ValueError, match="size must be positive"):
+        Brush(ci.Source(np.zeros((4, 4))), size=size)
+    assert Brush(ci.Source(np.zeros((4, 4))), size=1e100).stroke((1, 1)) == 16
