@@ -130,9 +130,7 @@ def look_at(layers: Mapping[str, Any], *, layout: str, open_browser: bool) -> No
 def _show(viewer: ci.View, *, open_browser: bool) -> None:
     click.echo(f"look  {viewer.url}  (until Ctrl-C)")
     if open_browser:
-        import webbrowser
-
-        webbrowser.open_new(viewer.url)
+        viewer.open_browser()
     _until_interrupted()
 
 

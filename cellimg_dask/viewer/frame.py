@@ -9,7 +9,9 @@ import asyncio
 import importlib.resources
 import json
 import logging
+import secrets
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +27,8 @@ __all__ = ["Frame", "FrameViewer"]
 _logger = logging.getLogger("cellimg_dask")
 
 _SCRIPT = "@cellimg.js"
+_STRANGERS_BYTES = 1 << 16
+_ONCE_S = 60
 
 
 class Frame(NeuroglancerServer):  # type: ignore[misc]
@@ -48,6 +52,7 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
         self.facts: dict[str, Any] = {}
         """What pages know: sent to each when it is opened, and again when it changes."""
         self._soon: dict[str, Any] = {}
+        self._once: set[str] = set()
         self._pages: set[asyncio.Event] = set()
         self._answering = ThreadPoolExecutor(1, "cellimg-page")
         self._meshing = ThreadPoolExecutor(1, "cellimg-mesh")
@@ -66,8 +71,38 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
                 (here + "@message", _Message, {"frame": self}),
                 (here + "@facts", _Facts, {"frame": self}),
                 (here + "mesh/(.*)", _Mesh, {"frame": self}),
+                ("/once/(.*)", _Once, {"frame": self}),
             ],
         )
+        find = self.app.find_handler
+
+        def found(request: Any, **more: Any) -> Any:
+            # Pictures are large; what strangers send is not kept until they are told to go away.
+            if self.token not in request.path:
+                request.connection.set_max_body_size(_STRANGERS_BYTES)
+            return find(request, **more)
+
+        self.app.find_handler = found
+        if ":" in self._bind_address and self._bind_address != "::":
+            self.server_url = f"http://[{self._bind_address}]:{self.port}"
+
+    def address_for_once(self) -> str:
+        """Return an address of the page that can be used once, and soon.
+
+        For command lines, which all users of a machine can read.
+        """
+        nonce = secrets.token_urlsafe(16)
+        self._once.add(nonce)
+        self.loop.call_soon_threadsafe(
+            lambda: self.loop.call_later(_ONCE_S, self._once.discard, nonce)
+        )
+        return f"{self.server_url}/once/{nonce}"
+
+    def used(self, nonce: str) -> bool:
+        """Whether there was such an address; there is no more."""
+        known = nonce in self._once
+        self._once.discard(nonce)
+        return known
 
     @property
     def num_open(self) -> int:
@@ -98,9 +133,14 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
 
     def stop(self) -> None:
         """End the server and its threads."""
-        super().stop()
+        # Somebody who was told of something may end it; no thread waits for itself.
+        this = threading.current_thread()
+        if this is self._thread:
+            self.request_stop()
+        else:
+            super().stop()
         for threads in (self._answering, self._meshing):
-            threads.shutdown(wait=True, cancel_futures=True)
+            threads.shutdown(wait=this not in threads._threads, cancel_futures=True)
         self.executor.shutdown(wait=False)
 
 
@@ -140,7 +180,24 @@ class _Html(tornado.web.RequestHandler):
         ).encode()
         self.set_header("Content-Type", "text/html; charset=utf-8")
         self.set_header("Cache-Control", "no-store")
+        # The address holds the token.
+        self.set_header("Referrer-Policy", "no-referrer")
         self.finish(html.replace(b"</head>", script, 1))
+
+
+class _Once(tornado.web.RequestHandler):
+    """Where a browser goes that was started with an address for once."""
+
+    def initialize(self, frame: Frame) -> None:
+        self.frame = frame
+
+    def get(self, nonce: str) -> None:
+        self.set_header("Cache-Control", "no-store")
+        self.set_header("Referrer-Policy", "no-referrer")
+        if self.frame.used(nonce):
+            self.redirect(f"/v/{self.frame.token}/")
+        else:
+            self.send_error(404)
 
 
 class _Script(tornado.web.RequestHandler):

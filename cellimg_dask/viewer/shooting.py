@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["shoot"]
+
+_LOOK_S = 0.2
 
 
 def shoot(
     viewer: Any,
     changed: threading.Condition,
     is_current: Callable[[], bool],
+    check_open: Callable[[], object],
     size: tuple[int, int] | None,
     controls: bool,
     timeout: float | None,
@@ -28,6 +32,8 @@ def shoot(
         Notified when ``is_current`` may have become true.
     is_current : callable
         Whether the page has been told of all changes, and has fetched what they changed.
+    check_open : callable
+        Raises when the view has ended.
     size : (int, int), optional
         Width and height in pixels.
     controls : bool
@@ -49,6 +55,7 @@ def shoot(
     with changed:
         if not changed.wait_for(is_current, left()):
             raise TimeoutError(f"no page has shown the last change within {timeout:g} s")
+    check_open()
     before = viewer.config_state.state
     with viewer.config_state.txn() as state:
         if not controls:
@@ -68,8 +75,10 @@ def shoot(
                 done.set()
 
             viewer.async_screenshot(arrived, statistics_callback=seen.append)
-            if not done.wait(left()):
-                raise TimeoutError(_why(seen, timeout))
+            while not done.wait(_LOOK_S if deadline is None else min(_LOOK_S, left() or 0.0)):
+                check_open()
+                if left() == 0:
+                    raise TimeoutError(_why(seen, timeout))
             picture = found[0]
             if size is None or (picture.width, picture.height) == size:
                 if not skip:
@@ -77,7 +86,8 @@ def shoot(
                 skip -= 1
     finally:
         if size is not None or not controls:
-            with viewer.config_state.txn() as state:
+            # The loop that tells the pages may have ended.
+            with suppress(RuntimeError), viewer.config_state.txn() as state:
                 state.show_ui_controls = before.show_ui_controls
                 state.show_panel_borders = before.show_panel_borders
                 state.viewer_size = before.viewer_size

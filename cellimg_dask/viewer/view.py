@@ -6,6 +6,8 @@ import html
 import logging
 import secrets
 import threading
+import time
+import webbrowser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +60,7 @@ class View(Looking):
             ) from error
         self._scene = scene
         self._lock = threading.RLock()
+        self._picturing = threading.Lock()
         self._given: dict[str, Layer] = {}
         self._work = bool(work)
         self._editions = Editions(self._changed)
@@ -149,6 +152,15 @@ class View(Looking):
 
     # ------------------------------------------------------------------ pictures
 
+    def open_browser(self) -> None:
+        """Show the page in the user's browser.
+
+        Its address is not seen in the list of processes, as it would be if a browser were given
+        `url`.
+        """
+        self._check_open()
+        webbrowser.open_new(self._frame.address_for_once())
+
     def wait(self, timeout: float | None = 60) -> None:
         """Wait until all that is visible is there, as it is after the last change.
 
@@ -201,18 +213,34 @@ class View(Looking):
         self, size: tuple[int, int] | None, timeout: float | None, controls: bool = True
     ) -> bytes:
         self._check_open()
-        if not self.num_open and (self._browser is None or not self._browser.is_running):
-            self._close_browser()
-            # Its own frame takes some room.
-            width, height = size or (1200, 800)
-            self._browser = Browser(self.url, (max(width, 500), max(height, 500) + 150))
-            size = size or (width, height)
         from cellimg_dask.viewer.shooting import shoot
 
         def is_current() -> bool:
             return self._closed or self._by_address or self._editions.are_shown()
 
-        return shoot(self.viewer, self._editions.seen, is_current, size, controls, timeout)
+        began = time.monotonic()
+        # A page draws one picture at a time.
+        if not self._picturing.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            raise TimeoutError(f"another picture is still being drawn after {timeout:g} s")
+        try:
+            self._check_open()
+            if not self.num_open and (self._browser is None or not self._browser.is_running):
+                self._close_browser()
+                # Its own frame takes some room.
+                width, height = size or (1200, 800)
+                address = self._frame.address_for_once()
+                self._browser = Browser(address, (max(width, 500), max(height, 500) + 150))
+                size = size or (width, height)
+                if self._closed:
+                    # Meanwhile.
+                    self._close_browser()
+            left = (
+                None if timeout is None else max(0.0, round(timeout + began - time.monotonic(), 2))
+            )
+            seen = self._editions.seen
+            return shoot(self.viewer, seen, is_current, self._check_open, size, controls, left)
+        finally:
+            self._picturing.release()
 
     # ------------------------------------------------------------------ painting, landmarks
 

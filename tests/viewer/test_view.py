@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import http.client
 import json
 import re
+import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from support import until
+from support import PATIENCE_S, until
 
 import cellimg_dask as ci
 from cellimg_dask.viewer.contrast import range_of
@@ -420,6 +423,116 @@ def test_without_neuroglancer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "neuroglancer", None)
     with pytest.raises(ImportError, match="pip install 'cellimg-dask\\[view\\]'"):
         view({"image": lazy()})
+
+
+def test_strangers_cannot_fill_the_memory(shown: View) -> None:
+    parts = urlsplit(shown.url)
+    for path in ("/nothing", "/state/wrong", "/v/wrong/@message"):
+        with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_S) as stream:
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 200000000\r\n\r\n"
+            stream.sendall(head.encode())
+            # Before anything of it was sent.
+            assert stream.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+
+
+def test_an_address_for_once(shown: View, page: Any) -> None:
+    asked = page(shown)
+    once = urlsplit(shown._frame.address_for_once()).path
+    assert shown._frame.token not in once
+    asked.connection.request("GET", once)
+    reply = asked.connection.getresponse()
+    reply.read()
+    assert (reply.status, reply.getheader("location")) == (302, urlsplit(shown.url).path)
+    assert reply.getheader("referrer-policy") == "no-referrer"
+    assert asked.ask(once)[0] == 404
+    assert asked.ask("/once/")[0] == 404
+
+
+def test_no_browser_is_told_the_token_on_its_command_line(
+    monkeypatch: pytest.MonkeyPatch, shown: View
+) -> None:
+    told: list[str] = []
+
+    class Told:
+        def __init__(self, url: str, size: Any) -> None:
+            told.append(url)
+
+        is_running = True
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("cellimg_dask.viewer.view.Browser", Told)
+    monkeypatch.setattr("webbrowser.open_new", told.append)
+    shown.open_browser()
+    with pytest.raises(TimeoutError):
+        shown.wait(timeout=0.01)
+    assert len(told) == 2
+    assert not any(shown._frame.token in url or shown.server.token in url for url in told)
+
+
+def test_waiting_ends_with_the_view(monkeypatch: pytest.MonkeyPatch, pool: Any) -> None:
+    started = threading.Event()
+
+    class Blind:
+        def __init__(self, url: str, size: Any) -> None:
+            started.set()
+
+        is_running = True
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("cellimg_dask.viewer.view.Browser", Blind)
+    with view({"image": lazy()}) as v:
+        v._by_address = True
+        waits = [pool.submit(v.wait, None), pool.submit(v.wait, None)]
+        assert started.wait(PATIENCE_S)
+        # One draws, the other waits its turn.
+        with pytest.raises(TimeoutError, match="another picture"):
+            v.wait(0)
+    for each in waits:
+        with pytest.raises(ValueError, match="the view is closed"):
+            each.result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("by", ["landmarks", "page"])
+def test_a_view_may_be_closed_by_who_was_told_of_something(by: str, page: Any) -> None:
+    source = ci.Source(np.zeros((8, 20, 30), "u1"))
+    v = view({"a": source, "b": source})
+    closed = threading.Event()
+
+    def close(_: Any) -> None:
+        v.close()
+        closed.set()
+
+    if by == "landmarks":
+        marks = v.landmarks("a", "b")
+        marks.on_change(close)
+        marks.add((1, 1, 1), (1, 1, 1))
+    else:
+        v.paint("a", size=1)
+        callback = source.on_dirty(close)
+        plane = [[1, 0, 0], [0, 1, 0]]
+        shown = {"names": ["x", "y", "z"], "scales": [1] * 3, "units": [""] * 3}
+        message = {"kind": "stroke", "stroke": "a", "points": [[1, 1, 1]], "plane": plane}
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            page(v).tell({**message, "erase": False, "end": True, "space": shown})
+        del callback
+    assert closed.wait(PATIENCE_S)
+    assert v.server.closed
+    v._frame._thread.join(PATIENCE_S)
+    assert not v._frame._thread.is_alive()
+
+
+def test_the_page_of_a_view_at_an_address_of_ip_6() -> None:
+    try:
+        v = view({"image": lazy()}, host="::1")
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with v:
+        assert urlsplit(v.url).hostname == "::1"
+        assert urlsplit(v._frame.address_for_once()).hostname == "::1"
 
 
 def test_pictures_without_any_browser(monkeypatch: pytest.MonkeyPatch, shown: View) -> None:
