@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -13,6 +14,11 @@ __all__ = ["Listening", "listen"]
 
 _MAX_HEAD_BYTES = 64 << 10
 _KEEP_ALIVE_S = 60
+_HEAD_S = 60
+"""Whoever has not said by then what it wants, is not waited for."""
+_DEAD_S = 60, 15, 4
+"""When a silent connection is first asked whether it is still there, how often, and how often in
+vain."""
 _GRACE_S = 2
 _START_S = 30
 
@@ -99,6 +105,12 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         # A port in which only connections that are over linger can be had again.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Readers that vanished without a word do not stay for ever; connections inherit this.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in zip(("KEEPIDLE", "KEEPINTVL", "KEEPCNT"), _DEAD_S, strict=True):
+            if hasattr(socket, f"TCP_{option}"):
+                number = getattr(socket, f"TCP_{option}")
+                listener.setsockopt(socket.IPPROTO_TCP, number, value)
         listener.bind(address)
         listener.listen(2048)
         listener.setblocking(False)
@@ -166,6 +178,19 @@ def _server_of(app: Any) -> Any:
     return Server(config)
 
 
+class _Quiet(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """Does not warn of what strangers send: anybody could fill the user's screen with it."""
+
+    @property
+    def level(self) -> int:
+        """Of the logger."""
+        return self.logger.level
+
+    def warning(self, msg: object, *args: object, **kwargs: Any) -> None:
+        """Note it for who looks for it."""
+        self.debug(msg, *args, **kwargs)
+
+
 async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
@@ -185,43 +210,83 @@ def _protocol() -> type[asyncio.Protocol]:
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
                 self.access_log = False
+                self.logger = _Quiet(self.logger)
+
+            def connection_made(self, transport: Any) -> None:
+                super().connection_made(transport)
+                self.loop.call_later(_HEAD_S, self._too_late)
+
+            def _too_late(self) -> None:
+                if self.cycle is None:
+                    self.transport.close()
 
         plain: type[asyncio.Protocol] = PlainProtocol
         return plain
 
     class Protocol(HttpToolsProtocol):  # type: ignore[misc]
-        _in_head = True
+        _in_head = False
         _head_bytes = 0
+        _num_begun = 0
+        _timer: asyncio.TimerHandle | None = None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             # The address holds the token.
             self.access_log = False
+            self.logger = _Quiet(self.logger)
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._expect_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget_head()
+            super().connection_lost(exc)
 
         def on_message_begin(self) -> None:
             self._in_head, self._head_bytes = True, 0
+            self._num_begun += 1
+            self._expect_head()
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
             self._in_head = False
+            self._forget_head()
             super().on_headers_complete()
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
+            self._num_begun = 0
             super().data_received(data)
-            if self._in_head and not self.transport.is_closing():
+            # Where requests came at once, these bytes were not all of the last one.
+            if self._in_head and self._num_begun < 2 and not self.transport.is_closing():
                 self._head_bytes += len(data)
                 if self._head_bytes > _MAX_HEAD_BYTES:
-                    self.transport.write(
-                        b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-                        b"connection: close\r\ncontent-length: 0\r\n\r\n"
-                    )
-                    self.transport.close()
+                    self._refuse(b"431 Request Header Fields Too Large")
 
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            self._in_head, self._head_bytes = True, 0
+        def _expect_head(self) -> None:
+            self._forget_head()
+            self._timer = self.loop.call_later(_HEAD_S, self._too_late)
+
+        def _forget_head(self) -> None:
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()
+
+        def _too_late(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                # What was asked before is still being answered.
+                self._expect_head()
+            elif self._in_head:
+                self._refuse(b"408 Request Timeout")
+            else:
+                self.transport.close()
+
+        def _refuse(self, status: bytes) -> None:
+            head = b"HTTP/1.1 %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            self.transport.write(head % status)
+            self.transport.close()
 
     protocol: type[asyncio.Protocol] = Protocol
     return protocol

@@ -388,6 +388,54 @@ def test_requests_that_come_at_once_on_one_connection_are_answered_in_order(serv
     assert replies[-1].endswith(numbers[2:4, 2:4].tobytes())
 
 
+def test_many_requests_may_come_at_once(serving, numbers):
+    server = serving({"it": numbers})
+    ask = f"GET /{server.token}/it/0/c/0/0 HTTP/1.1\r\nhost: x\r\nx: {'y' * 500}\r\n"
+    data = (ask + "\r\n") * 1000 + ask + "connection: close\r\n\r\n"
+    assert exchange(server, data.encode()).count(b"HTTP/1.1 200 OK") == 1001
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_who_does_not_say_what_it_wants_is_not_waited_for(serving, get, monkeypatch, plain):
+    if plain:
+        monkeypatch.setitem(sys.modules, "uvicorn.protocols.http.httptools_impl", None)
+    monkeypatch.setattr(listening, "_HEAD_S", 0.3)
+    goes_on = threading.Event()
+
+    def f(block):
+        goes_on.wait(PATIENCE_S)
+        block.data[...] = 1
+
+    server = serving({"slow": ci.fill_cells(f, ci.CellGrid((2,), 1), dtype="u1")})
+    ask = f"GET /{server.token}/slow/0/c/0 HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+    with socket.create_connection((server.host, server.port), timeout=PATIENCE_S) as slow:
+        # A reader that waits for its cell is not meant, also where it has begun to ask for more.
+        slow.sendall(ask + b"GET /")
+        for data in (b"", b"GET / HTTP/1.1\r\nhost: x\r\n"):
+            reply = exchange(server, data)
+            assert reply == b"" or status_of(reply) == 408
+        goes_on.set()
+        assert status_of(slow.recv(1 << 16)) == 200
+    assert get(server, "slow/0/c/0").status == 200
+
+
+def test_silent_connections_are_asked_whether_they_are_there(serving, get):
+    server = serving({"it": np.ones(3, "u1")})
+    assert get(server, "it/0/c/0").status == 200
+    (connection,) = server._listening._server.server_state.connections
+    stream = connection.transport.get_extra_info("socket")
+    assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_strangers_cannot_fill_the_screen(serving, get, capfd, caplog):
+    server = serving({"it": np.ones(3, "u1")})
+    exchange(server, b"\x00\x01junk\r\n\r\n")
+    raw_get(server, "/", "upgrade: websocket\r\nconnection: upgrade\r\n")
+    assert get(server, "it/0/c/0").status == 200
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_it_answers_without_httptools_as_well(serving, numbers, get, monkeypatch):
     for name in list(sys.modules):
         if name.startswith(("httptools", "uvicorn.protocols.http.httptools")):
