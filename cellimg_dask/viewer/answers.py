@@ -17,6 +17,7 @@ __all__ = [
     "Headers",
     "Send",
     "matches",
+    "no_such_bytes",
     "parse_range",
     "plain",
     "ranged",
@@ -89,9 +90,14 @@ def ranged(
         return Answer(200, headers, body)
     low, high = found
     if low >= high:
-        return plain(416, "no such bytes\n", [(b"content-range", b"bytes */%d" % len(body))])
+        return no_such_bytes(len(body))
     where = (b"content-range", b"bytes %d-%d/%d" % (low, high - 1, len(body)))
     return Answer(206, [*headers, where], memoryview(body)[low:high])
+
+
+def no_such_bytes(length: int) -> Answer:
+    """Return the answer to who asks for none of the bytes that there are."""
+    return plain(416, "no such bytes\n", [(b"content-range", b"bytes */%d" % length)])
 
 
 def parse_range(header: bytes, length: int) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
-from collections.abc import MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any, Literal
 
 from cellimg_dask.geometry import as_int
@@ -21,13 +21,14 @@ from cellimg_dask.viewer.answers import (
     Headers,
     Send,
     matches,
+    no_such_bytes,
     parse_range,
     plain,
     ranged,
 )
 from cellimg_dask.viewer.chunks import ServedArray, position_of
 from cellimg_dask.viewer.documents import Codec, as_bytes, root_documents
-from cellimg_dask.viewer.layers import Layers
+from cellimg_dask.viewer.layers import Layer, Layers
 from cellimg_dask.viewer.page import PAGE
 from cellimg_dask.viewer.served import Document, ServedLayer
 from cellimg_dask.viewer.waiting import Receive, Waiting
@@ -56,6 +57,7 @@ class ServerApp:
         compression: Codec | None = None,
         max_requests: int = 10_000,
         allow_origin: str | None = "*",
+        hosts: Collection[str] | None = None,
     ) -> None:
         self.token = checked_token(token)
         """First part of all addresses; None: there is none."""
@@ -71,6 +73,7 @@ class ServerApp:
         """What the server has to do, and what went wrong."""
         self._token_bytes = b"" if token is None else token.encode()
         self._served: dict[str, ServedLayer] = {}
+        self._known: Mapping[str, Layer] = self.layers.all
         self._root: tuple[tuple[ServedLayer, ...], dict[str, dict[str, Document]]] = ((), {})
         self.waiting = Waiting(self.work, self.max_requests)
         """The cells that are waited for."""
@@ -88,6 +91,7 @@ class ServerApp:
             if allow_origin != "*":
                 self._common.append((b"vary", b"origin"))
         self._allow_origin = allow_origin
+        self._hosts = None if hosts is None else frozenset(hosts)
 
     def close(self) -> None:
         """End all requests with an error, and take no more for cells."""
@@ -100,7 +104,10 @@ class ServerApp:
         kind = scope["type"]
         if kind == "http":
             method: str = scope["method"]
-            if method in ("GET", "HEAD"):
+            if self._hosts is not None and not self._is_meant(scope):
+                strange = plain(421, "there is no such host here\n")
+                await strange.send(send, self._common, head=method == "HEAD")
+            elif method in ("GET", "HEAD"):
                 answer = await self._answer(scope, receive)
                 if answer is not None:
                     await answer.send(send, self._common, head=method == "HEAD")
@@ -115,6 +122,15 @@ class ServerApp:
         elif kind == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1000})
+
+    def _is_meant(self, scope: MutableMapping[str, Any]) -> bool:
+        """Whether a request names this host: a web page may give our address to its own name."""
+        given = [value for name, value in scope["headers"] if name == b"host"]
+        if len(given) != 1:
+            return False
+        name = given[0].decode("latin-1").lower()
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        return self._hosts is not None and name in self._hosts
 
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
@@ -156,6 +172,15 @@ class ServerApp:
             if not hmac.compare_digest(given, self._token_bytes):
                 return NOT_FOUND
             del parts[0]
+        if self._known is not self.layers.all:
+            # What is served no more is not held any longer.
+            self._known = self.layers.all
+            self._served = {
+                name: served
+                for name, served in self._served.items()
+                if self._known.get(name) is served.layer
+            }
+            self._root = (), {}
         # Any edition: what there is now.
         if parts and parts[0].startswith("@e") and _EDITION.fullmatch(parts[0]):
             del parts[0]
@@ -228,7 +253,6 @@ class ServerApp:
     def _layer(self, name: str) -> ServedLayer | None:
         layer = self.layers.get(name)
         if layer is None:
-            self._served.pop(name, None)
             return None
         served = self._served.get(name)
         if served is None or served.layer is not layer:
@@ -283,7 +307,7 @@ class ServerApp:
             if wanted is not None and if_range is None and array.codec is None:
                 found = parse_range(wanted, array.nbytes)
                 if found is not None and found[0] >= found[1]:
-                    return ranged(memoryview(bytes(array.nbytes)), [], wanted, None)
+                    return no_such_bytes(array.nbytes)
             computed = await self.waiting.compute(receive, served.name, array, index)
             if computed is None or isinstance(computed, Answer):
                 return computed

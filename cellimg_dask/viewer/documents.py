@@ -163,6 +163,8 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
     ValueError
         That says so.
     """
+    if dtype.kind in "mM" and np.datetime_data(dtype)[0] == "generic":
+        raise ValueError(f"images of dtype {dtype} cannot be served: readers need to know the unit")
     try:
         for zarr_format in (3, 2):
             _zarr_type(dtype, np.zeros((), dtype)[()], zarr_format)

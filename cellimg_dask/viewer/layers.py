@@ -22,7 +22,7 @@ from cellimg_dask.viewer.documents import check_dtype
 __all__ = ["Layer", "Layers", "as_layer", "as_layers"]
 
 _RESERVED = re.compile(r"@.*|\.+|__.*|zarr\.json|\.z(group|array|attrs|metadata)", re.DOTALL)
-_NOT_IN_NAMES = re.compile(r"[/\\?#%\x00-\x1f\x7f]")
+_NOT_IN_NAMES = re.compile(r"[/\\?#%\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Layer:
@@ -147,6 +147,11 @@ class Layers(MutableMapping[str, Layer]):
 
     def __init__(self, layers: Any = ()) -> None:
         self._items: dict[str, Layer] = as_layers(layers)
+
+    @property
+    def all(self) -> Mapping[str, Layer]:
+        """All of them as they are now; another object after each change."""
+        return self._items
 
     def __getitem__(self, name: str) -> Layer:
         return self._items[name]

@@ -184,7 +184,7 @@ class _Quiet(logging.LoggerAdapter):  # type: ignore[type-arg]
     @property
     def level(self) -> int:
         """Of the logger."""
-        return self.logger.level
+        return int(self.logger.level)
 
     def warning(self, msg: object, *args: object, **kwargs: Any) -> None:
         """Note it for who looks for it."""
@@ -210,7 +210,7 @@ def _protocol() -> type[asyncio.Protocol]:
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
                 self.access_log = False
-                self.logger = _Quiet(self.logger)
+                self.logger: Any = _Quiet(self.logger)
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
@@ -233,7 +233,7 @@ def _protocol() -> type[asyncio.Protocol]:
             super().__init__(*args, **kwargs)
             # The address holds the token.
             self.access_log = False
-            self.logger = _Quiet(self.logger)
+            self.logger: Any = _Quiet(self.logger)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)

@@ -113,7 +113,7 @@ def serve(
     insecure: bool = False,
     compression: Codec | None = None,
     max_requests: int = 10_000,
-    allow_origin: str | None = "*",
+    allow_origin: str | None = "default",
 ) -> Server:
     """Serve images over HTTP, as OME-Zarr that is computed while it is read.
 
@@ -133,7 +133,7 @@ def serve(
         Default: one that is free.
     token : str or None
         First part of all addresses, without which there is nothing. Default: a new random one.
-        None: no secret.
+        None: no secret; then requests must also name this host, by one of its own names.
     insecure : bool
         Whether other machines may read although nothing was said of a token. What is sent is not
         encrypted in any case.
@@ -142,7 +142,9 @@ def serve(
     max_requests : int
         So many chunks may be waited for at a time; further requests are refused (503).
     allow_origin : str or None
-        Which web pages may read: ``"*"`` all that know the address, an origin, or None.
+        Which web pages may read: ``"*"`` all that know the address, an origin such as
+        ``"http://localhost:8080"``, or None. Default: all where there is a token; without one
+        any page that somebody here opens could read, so none.
 
     Returns
     -------
@@ -170,6 +172,7 @@ def serve(
     >>> negative.stats().loads
     2
     """
+    from cellimg_dask.viewer.app import ServerApp
     from cellimg_dask.viewer.listening import listen
 
     number = as_int(port, "port", minimum=0)
@@ -179,12 +182,16 @@ def serve(
         raise TypeError(f"host must be a name or an address, got {host!r}")
     _check_host(host, token, insecure=insecure)
     secret = secrets.token_urlsafe(16).lstrip("-_") if token == "random" else token
-    app = asgi_app(
+    if allow_origin == "default":
+        allow_origin = None if secret is None else "*"
+    is_open = secret is None and _is_here(host)
+    app = ServerApp(
         layers,
         token=secret,
         compression=compression,
         max_requests=max_requests,
         allow_origin=allow_origin,
+        hosts={"localhost", "127.0.0.1", "::1", host.lower()} if is_open else None,
     )
     listening = listen(app, host, number)
     return Server(app, _reachable(host), listening)
@@ -254,14 +261,17 @@ def asgi_app(
 
 
 def _check_host(host: str, token: str | None, *, insecure: bool) -> None:
-    here = is_local(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
-    if here or insecure or token not in (None, "random"):
+    if _is_here(host) or insecure or token not in (None, "random"):
         return
     raise PermissionError(
         f"{host} can be reached by other machines, and what is sent is not encrypted: whoever "
         f"finds the address reads all layers. Let it listen on 127.0.0.1 (reached from elsewhere "
         f"by ssh -L), choose a token=, or, in a network that you trust, say insecure=True"
     )
+
+
+def _is_here(host: str) -> bool:
+    return is_local(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
 
 
 def _reachable(host: str) -> str:

@@ -72,6 +72,8 @@ class View(Looking):
         self._surfaces: dict[str, Surfaces] = {}
         self._closed = False
         given = as_layers(layers)
+        # The page is of another origin.
+        options.setdefault("allow_origin", "*")
         self.server: Server = serve({}, host=host, **options)
         try:
             self._frame = Frame(secrets.token_urlsafe(16), host, port, self._answer)

@@ -52,6 +52,8 @@ class Work:
         self._failed: weakref.WeakKeyDictionary[ServedArray, dict[int, bytes | None]] = (
             weakref.WeakKeyDictionary()
         )
+        # The edition for which it is known that these are still failures.
+        self._counted: weakref.WeakKeyDictionary[ServedArray, Any] = weakref.WeakKeyDictionary()
         self._errors: deque[dict[str, Any]] = deque(maxlen=_SHOWN_ERRORS)
 
     def begin(self, array: ServedArray, index: int) -> None:
@@ -174,8 +176,13 @@ class Work:
             "cells": array.grid.num_cells,
             "cached": len(loader.held()),
             "computing": loader.num_loading(),
-            "waiting": sum(1 for each, _ in list(self._asked) if each is array),
-            "failed": len(self._failed.get(array, {})),
+            "waiting": sum(
+                1
+                for each, index in list(self._asked)
+                if each is array and not loader.is_loading(index)
+            ),
+            "failed": self._num_failed(array),
+            "only_reads": array.only_reads,
             "hits": counted.hits,
             "misses": counted.misses,
             "joins": counted.joins,
@@ -185,6 +192,16 @@ class Work:
             "evictions": counted.evictions,
             "errors": counted.errors,
         }
+
+    def _num_failed(self, array: ServedArray) -> int:
+        """Return how many cells have failed, and have not changed since."""
+        failed, loader = self._failed.get(array, {}), array.image.loader
+        if failed and self._counted.get(array) != (loader.edition, loader.signature):
+            for index, tag in list(failed.items()):
+                if tag != array.tag(loader, index):
+                    del failed[index]
+            self._counted[array] = loader.edition, loader.signature
+        return len(failed)
 
 
 def _overlay(array: ServedArray) -> CellGrid:

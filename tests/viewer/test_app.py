@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 import zlib
 
 import numpy as np
@@ -515,6 +517,23 @@ def test_layers_come_and_go_while_they_are_served(ask):
     assert ask(app, "/b/0/c/0").status == 404
     assert set(app.layers) == {"a"}
     assert "b" not in json.loads(ask(app, "/zarr.json").body)["consolidated_metadata"]["metadata"]
+
+
+def test_layers_that_are_gone_are_not_held(ask):
+    app = asgi_app({})
+    gone = []
+    for number in range(5):
+        for name in ("same", f"other {number}"):
+            image, _ = counted()
+            gone.append(weakref.ref(image))
+            app.layers[name] = image
+            assert ask(app, f"/{name}/0/c/0/0").status == 200
+        del app.layers[name], image
+    app.layers.clear()
+    assert ask(app, "/zarr.json").status == 200
+    gc.collect()
+    assert all(each() is None for each in gone)
+    assert len(gone) == 10
 
 
 def test_an_app_can_be_mounted_in_another(numbers):

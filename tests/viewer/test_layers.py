@@ -153,6 +153,7 @@ def test_how_many_voxels_make_one_follows_from_the_shapes(extent, shorter, facto
         (IMAGE, {"opacity": "half"}, TypeError, "opacity"),
         (IMAGE, {"fill_value": -1}, ValueError, "fill_value"),
         (np.zeros(3, np.longdouble), {}, ValueError, "cannot be served"),
+        (np.zeros(3, "M8"), {}, ValueError, "need to know the unit"),
     ],
 )
 def test_what_cannot_be_a_layer_is_refused(image, more, error, match):
@@ -182,7 +183,22 @@ def test_looks_are_kept():
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "@a", "a/b", "a\\b", "a?", "a#", "a%2f", "__a", "zarr.json", ".zattrs", "\n"],
+    [
+        "",
+        ".",
+        "..",
+        "@a",
+        "a/b",
+        "a\\b",
+        "a?",
+        "a#",
+        "a%2f",
+        "__a",
+        "zarr.json",
+        ".zattrs",
+        "\n",
+        "\ud800",
+    ],
 )
 def test_names_that_cannot_be_part_of_an_address_are_refused(name):
     with pytest.raises(ValueError, match="a layer cannot be called"):

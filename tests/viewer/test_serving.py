@@ -135,6 +135,31 @@ def test_without_a_token_everybody_on_this_machine_may_read(serving, numbers):
         assert reply.status == 200
 
 
+def test_without_a_token_no_web_page_may_read(serving, numbers):
+    server = serving({"it": numbers}, token=None)
+
+    def ask(host, more=""):
+        ask = f"GET /it/0/c/0/0 HTTP/1.1\r\nconnection: close\r\n{host}{more}\r\n"
+        return exchange(server, ask.encode())
+
+    # Not by a name that somebody else has given to this address,
+    for host in ("host: evil.example\r\n", "", "host: localhost\r\nhost: evil.example\r\n"):
+        assert status_of(ask(host)) == 421
+    for host in ("localhost", "LocalHost:8080", f"127.0.0.1:{server.port}", "[::1]:80"):
+        reply = ask(f"host: {host}\r\n", "origin: http://evil.example\r\n")
+        assert status_of(reply) == 200
+        # nor by this one, unless it is allowed.
+        assert b"access-control" not in reply.lower()
+    allowed = serving({"it": numbers}, token=None, allow_origin="http://localhost:8080")
+    assert b"origin: http://localhost:8080" in exchange(
+        allowed, b"GET /zarr.json HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    )
+    with_token = serving({"it": numbers})
+    assert b"access-control-allow-origin: *" in raw_get(
+        with_token, f"/{with_token.token}/zarr.json"
+    )
+
+
 def test_a_notebook_shows_a_link_and_escapes_names(serving, numbers):
     server = serving({"<b>": numbers})
     shown = server._repr_html_()
