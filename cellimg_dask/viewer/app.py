@@ -320,8 +320,12 @@ class ServerApp:
             return NOT_FOUND
         body: bytes | memoryview = voxels
         if array.codec is not None:
-            loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(self.waiting.threads(), array.encode, voxels)
+            if self.waiting.closed:
+                # Its threads have ended.
+                body = array.encode(voxels)
+            else:
+                loop = asyncio.get_running_loop()
+                body = await loop.run_in_executor(self.waiting.threads(), array.encode, voxels)
         headers = [BYTES, RANGES]
         headers += [NO_STORE] if tag is None else [(b"etag", tag), REVALIDATE]
         self.work.num_chunks += 1

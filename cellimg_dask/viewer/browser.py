@@ -82,7 +82,7 @@ class Browser:
         )
 
         # Also when Python ends before somebody closes it.
-        self._end = weakref.finalize(self, _end, self._process, self._folder)
+        self._end = weakref.finalize(self, _end, self._process, self._folder, os.getpid())
 
     @property
     def is_running(self) -> bool:
@@ -94,7 +94,12 @@ class Browser:
         self._end()
 
 
-def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+def _end(
+    process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str], owner: int
+) -> None:
+    if os.getpid() != owner:
+        # A process that was forked off does not end what is not its own.
+        return
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

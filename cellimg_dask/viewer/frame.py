@@ -9,9 +9,11 @@ import asyncio
 import importlib.resources
 import json
 import logging
+import os
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -83,6 +85,7 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
             return find(request, **more)
 
         self.app.find_handler = found
+        _frames.add(self)
         if ":" in self._bind_address and self._bind_address != "::":
             self.server_url = f"http://[{self._bind_address}]:{self.port}"
 
@@ -126,6 +129,11 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
             call()
 
         self.loop.call_soon_threadsafe(begin)
+
+    def after_fork(self) -> None:
+        """Let go of the sockets in a process that has no such thread."""
+        for listener in self.http_server._sockets.values():
+            listener.close()
 
     def _wake(self) -> None:
         for event in self._pages:
@@ -290,6 +298,18 @@ class _Facts(tornado.web.RequestHandler):
     def on_connection_close(self) -> None:
         self.closed = True
         self.news.set()
+
+
+_frames: weakref.WeakSet[Frame] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for frame in list(_frames):
+        frame.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _check_free(host: str, port: int) -> None:

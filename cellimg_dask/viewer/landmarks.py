@@ -63,6 +63,9 @@ class Landmarks:
         self._callbacks: list[Callable[[Landmarks], object]] = []
         self._lock = threading.RLock()
         self._layers = {side: f"landmarks of {name}" for side, name in self.names.items()}
+        for name in self._layers.values():
+            if name in view.layers:
+                raise ValueError(f"layer {name!r} is called as that of the landmarks")
         self._closed = False
         self._begin(side_by_side)
         self._known = self._read()
@@ -187,20 +190,32 @@ class Landmarks:
             If it is another file.
         """
         found: dict[str, dict[int, NDArray[np.float64]]] = {side: {} for side in self.names}
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        # Spreadsheets put a mark before the first column.
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file)
-            head = next(rows, [])
-            if head[:2] != ["number", "layer"]:
-                raise ValueError(f"{path} has no landmarks: its columns are {', '.join(head)}")
-            for line, row in enumerate(rows, 2):
-                try:
-                    number, side = int(row[0]), row[1]
-                    values = [float(value) for value in row[2:] if value != ""]
-                    found[side][number] = self._checked(side, values)
-                except (KeyError, IndexError, ValueError) as error:
-                    raise ValueError(f"line {line} of {path} is no landmark: {error}") from error
+            try:
+                head = next(rows, [])
+                if head[:2] != ["number", "layer"]:
+                    raise ValueError(f"its columns are {', '.join(head)[:200]}")
+                for row in rows:
+                    if row:
+                        self._load_row(row, found)
+            except (csv.Error, KeyError, IndexError, ValueError) as error:
+                if rows.line_num < 2:
+                    raise ValueError(f"{path} has no landmarks: {error}") from error
+                where = f"line {rows.line_num} of {path}"
+                raise ValueError(f"{where} is no landmark: {error}") from error
         with self._lock:
             self._place(found, replace=True)
+
+    def _load_row(self, row: list[str], found: dict[str, dict[int, NDArray[np.float64]]]) -> None:
+        number, side = int(row[0]), row[1]
+        if side not in found:
+            raise ValueError(f'the layer must be "fixed" or "moving", got {side!r}')
+        if number < 1 or number in found[side]:
+            raise ValueError(f"numbers begin with 1, and each comes once in a layer; got {number}")
+        values = [float(value) for value in row[2:] if value != ""]
+        found[side][number] = self._checked(side, values)
 
     # ------------------------------------------------------------------ the viewer
 

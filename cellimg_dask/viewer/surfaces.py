@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from cellimg_dask.viewer.units import factor_of, voxels_at
 __all__ = ["Surfaces"]
 
 _MOST_BYTES = 256 << 20
+_MOST_KNOWN = 10_000
 _MOST_CELLS = 1 << 16
 _NOTHING = json.dumps({"fragments": []}).encode()
 
@@ -90,7 +92,7 @@ class Surfaces:
         if rest == "info":
             return json.dumps({"@type": "neuroglancer_legacy_mesh"}).encode()
         name, _, detail = rest.partition(":")
-        if not name.isdecimal():
+        if not re.fullmatch("[0-9]{1,20}", name):
             return None
         found = self._surface(int(name))
         if detail == "0":
@@ -109,7 +111,9 @@ class Surfaces:
             with self._lock:
                 self._known[key] = found
                 used = sum(len(each or b"") for each in self._known.values())
-                while used > _MOST_BYTES and len(self._known) > 1:
+                while (used > _MOST_BYTES and len(self._known) > 1) or (
+                    len(self._known) > _MOST_KNOWN
+                ):
                     used -= len(self._known.popitem(last=False)[1] or b"")
             return found
 

@@ -301,12 +301,18 @@ class View(Looking):
         return brush
 
     def landmarks(self, fixed: str, moving: str, **options: Any) -> Landmarks:
-        """Place pairs of points; see `Landmarks`."""
+        """Place pairs of points; see `Landmarks`.
+
+        The keys are those of the last ones: others, made before, keep their points and end.
+        """
         from cellimg_dask.viewer.landmarks import Landmarks
 
         self._check_open()
         made = Landmarks(self, fixed, moving, **options)
-        self._landmarks.append(made)
+        with self._lock:
+            before, self._landmarks = self._landmarks, [made]
+        for each in before:
+            each.close()
         return made
 
     def meshes(self, layer: Any, labels: Iterable[int] = (), *, step_size: Any = 1) -> None:
@@ -426,6 +432,9 @@ class View(Looking):
     # ------------------------------------------------------------------ beginning and end
 
     def _prepare(self, name: str, layer: Layer, placed: Sequence[Space]) -> None:
+        others = {self._scene.work_name(each) for each in self._given}
+        if self._work and (name in others or self._scene.work_name(name) in self._given):
+            raise ValueError(f"layer {name!r} is called as the layer of work on another one")
         shown = self._scene.as_shown(layer, placed)
         self._scene.dimensions([*(each.space for each in self.server.layers.values()), shown.space])
         with self._lock:

@@ -249,6 +249,15 @@ def test_closing_ends_requests_and_takes_no_more(ask, ask_in_loop, threads_hang)
     assert ask(app, "/it/0/c/0/0").status == 200
 
 
+def test_a_closed_app_begins_no_threads(ask):
+    image, _ = counted()
+    app = asgi_app({"it": image}, compression="gzip")
+    whole = ask(app, "/it/0/c/0/1")
+    app.close()
+    assert ask(app, "/it/0/c/0/1").body == whole.body
+    assert app.waiting._pool is None
+
+
 # ------------------------------------------------------------------- what goes wrong
 
 

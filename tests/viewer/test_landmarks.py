@@ -75,6 +75,58 @@ def test_files(two: View, tmp_path: Path) -> None:
     assert len(landmarks) == 3
 
 
+HEAD = b"number,layer,axis_0,axis_1,axis_2\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "no landmarks"),
+        (b"\xff\xfe\x00number", "no landmarks"),
+        (HEAD + b"1,fixed,1,2,3\n1,fixed,4,5,6\n", "line 3 .* each comes once"),
+        (HEAD + b"0,fixed,1,2,3\n", "line 2 .* begin with 1"),
+        (HEAD + b"-1,fixed,1,2,3\n", "line 2 .* begin with 1"),
+        (HEAD + b"1,other,1,2,3\n", 'line 2 .* "fixed" or "moving"'),
+        (HEAD + b"1,fixed,1,nan,3\n", "line 2 .* finite"),
+        (HEAD + b"1,fixed,1e999,2,3\n", "line 2 .* finite"),
+        (HEAD + b"1\n", "line 2"),
+        (HEAD + b"1,fixed," + b"9" * 200_000 + b",2,3\n", "no landmark"),
+        (HEAD + b"1,fixed,1,2,3\n2,fixed,\xff,2,3\n", "no landmark"),
+    ],
+)
+def test_damaged_files_change_nothing(two: View, tmp_path: Path, data: bytes, match: str) -> None:
+    landmarks = two.landmarks("fixed", "moving")
+    landmarks.add(*PAIRS[0])
+    path = tmp_path / "damaged.csv"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=match):
+        landmarks.load(path)
+    assert len(landmarks) == 1
+
+
+def test_files_that_a_spreadsheet_has_saved(two: View, tmp_path: Path) -> None:
+    landmarks = two.landmarks("fixed", "moving")
+    landmarks.add(*PAIRS[0])
+    before = landmarks.pairs()
+    path = tmp_path / "landmarks.csv"
+    landmarks.save(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n")
+    landmarks.clear()
+    landmarks.load(path)
+    for mine, theirs in zip(landmarks.pairs(), before, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_notebook_cell_that_is_run_again_does_not_double_the_keys(two: View) -> None:
+    for _ in range(3):
+        landmarks = two.landmarks("fixed", "moving")
+    press(two, "fixed", (6, 4, 4))
+    press(two, "moving", (6, 4, 4))
+    assert len(landmarks) == 1
+    assert "without" not in repr(landmarks)
+    assert len(two._landmarks) == 1
+
+
 def press(shown: View, side: str, place: tuple[float, ...]) -> None:
     """What the page says when a key is pressed."""
     state = neuroglancer.ViewerState(shown.viewer.state.to_json())

@@ -51,7 +51,7 @@ def test_selected_labels_have_surfaces_under_an_address() -> None:
         expected = mesh(source, 7).to_neuroglancer()
         assert get(shown, "mesh/labels/0/7") == (200, expected)
         assert json.loads(get(shown, "mesh/labels/0/8:0")[1]) == {"fragments": []}
-        for wrong in ("labels/0/8", "labels/0/x", "labels/0", "other/0/info", ""):
+        for wrong in ("labels/0/8", "labels/0/x", "labels/0/" + "9" * 5000, "other/0/info", ""):
             assert get(shown, f"mesh/{wrong}")[0] == 404
 
         # When labels have changed it is another address, and another surface.

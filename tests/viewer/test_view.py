@@ -6,6 +6,7 @@ import contextlib
 import gc
 import http.client
 import json
+import os
 import re
 import socket
 import sys
@@ -435,6 +436,17 @@ def test_strangers_cannot_fill_the_memory(shown: View) -> None:
             assert stream.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
 
 
+def test_names_that_others_need() -> None:
+    with pytest.raises(ValueError, match="'work on a' is called as"):
+        view({"a": lazy(), "work on a": lazy()}, work=True)
+    with pytest.raises(ValueError, match="'a' is called as"):
+        view({"work on a": lazy(), "a": lazy()}, work=True)
+    with view({"a": lazy(), "work on a": lazy(), "landmarks of a": lazy()}) as v:
+        assert len(v.viewer.state.layers) == 3
+        with pytest.raises(ValueError, match="'landmarks of a' is called as"):
+            v.landmarks("a", "work on a")
+
+
 def test_an_address_for_once(shown: View, page: Any) -> None:
     asked = page(shown)
     once = urlsplit(shown._frame.address_for_once()).path
@@ -523,6 +535,27 @@ def test_a_view_may_be_closed_by_who_was_told_of_something(by: str, page: Any) -
     assert v.server.closed
     v._frame._thread.join(PATIENCE_S)
     assert not v._frame._thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_process_that_was_forked_off_does_not_keep_the_ports() -> None:
+    with view({"image": lazy()}) as v:
+        ports = urlsplit(v.url).port, v.server.port
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        os.close(read)
+    try:
+        for port in ports:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)
 
 
 def test_the_page_of_a_view_at_an_address_of_ip_6() -> None:
