@@ -24,6 +24,8 @@ import tornado.web
 from neuroglancer import viewer_base
 from neuroglancer.server import Server as NeuroglancerServer
 
+from cellimg_dask.viewer.listening import most_connections
+
 __all__ = ["Frame", "FrameViewer"]
 
 _logger = logging.getLogger("cellimg_dask")
@@ -85,6 +87,15 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
             return find(request, **more)
 
         self.app.find_handler = found
+        most, handle = most_connections(), self.http_server.handle_stream
+
+        def handled(stream: Any, address: Any) -> None:
+            if len(self.http_server._connections) < most:
+                handle(stream, address)
+            else:
+                stream.close()
+
+        self.http_server.handle_stream = handled
         _frames.add(self)
         if ":" in self._bind_address and self._bind_address != "::":
             self.server_url = f"http://[{self._bind_address}]:{self.port}"

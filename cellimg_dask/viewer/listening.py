@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Listening", "listen"]
+__all__ = ["Listening", "listen", "most_connections"]
 
 _MAX_HEAD_BYTES = 64 << 10
 _KEEP_ALIVE_S = 60
 _HEAD_S = 60
 """Whoever has not said by then what it wants, is not waited for."""
+_BACKLOG = 2048
+_ACCEPTED_AT_ONCE = 32
 _DEAD_S = 60, 15, 4
 """When a silent connection is first asked whether it is still there, how often, and how often in
 vain."""
@@ -69,6 +71,7 @@ class Listening:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_note)
         self._server.when_started = self._begun.set
         await self._server.serve(sockets=[self._listener])
 
@@ -112,7 +115,7 @@ def _bound(host: str, port: int) -> socket.socket:
                 number = getattr(socket, f"TCP_{option}")
                 listener.setsockopt(socket.IPPROTO_TCP, number, value)
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(_BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         listener.close()
@@ -147,6 +150,10 @@ def _server_of(app: Any) -> Any:
 
         async def main_loop(self) -> None:
             """Keep the date of responses right, until the end."""
+            for server in self.servers:
+                for listener in server.sockets:
+                    # asyncio has set it to what it accepts at once.
+                    listener._sock.listen(_BACKLOG)
             self.when_started()
             while not await self.on_tick(0):
                 with contextlib.suppress(TimeoutError):
@@ -173,9 +180,30 @@ def _server_of(app: Any) -> Any:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        # asyncio takes so many before it looks at any of them, or at how many there are.
+        backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=_KEEP_ALIVE_S,
     )
     return Server(config)
+
+
+def most_connections() -> int:
+    """Return how many connections a server takes: others need descriptors as well."""
+    try:
+        import resource
+    except ImportError:
+        return 1000
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if limit == resource.RLIM_INFINITY else max(16, limit // 3)
+
+
+def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Take note of an error in a loop, but not again and again that nobody can be accepted."""
+    text = f"{context.get('message')}"
+    if "accept() out of system resource" in text or "._start_serving" in text:
+        logging.getLogger("cellimg_dask").debug("no connection can be accepted: %s", text)
+    else:
+        loop.default_exception_handler(context)
 
 
 class _Quiet(logging.LoggerAdapter):  # type: ignore[type-arg]
@@ -199,7 +227,8 @@ async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
 
 
 def _protocol() -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol, with a bound on heads and no log of requests."""
+    """Return uvicorn's protocol, with bounds on heads and connections and no log of requests."""
+    most = most_connections()
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
     except ImportError:
@@ -214,6 +243,8 @@ def _protocol() -> type[asyncio.Protocol]:
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
+                if len(self.connections) > most:
+                    transport.close()
                 self.loop.call_later(_HEAD_S, self._too_late)
 
             def _too_late(self) -> None:
@@ -237,7 +268,10 @@ def _protocol() -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._expect_head()
+            if len(self.connections) > most:
+                self._refuse(b"503 Service Unavailable")
+            else:
+                self._expect_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget_head()

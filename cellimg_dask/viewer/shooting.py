@@ -99,6 +99,5 @@ def _why(seen: list[Any], timeout: float | None) -> str:
     total = seen[-1].total
     return (
         f"{total.visible_chunks_gpu_memory} of {total.visible_chunks_total} visible chunks were "
-        f"there within {timeout:g} s, {total.visible_chunks_downloading} were being fetched; "
-        f"the page <url>/@status of the server says what failed"
+        f"there within {timeout:g} s, {total.visible_chunks_downloading} were being fetched"
     )

@@ -237,10 +237,12 @@ class View(Looking):
                     # Meanwhile.
                     self._close_browser()
             left = (
-                None if timeout is None else max(0.0, round(timeout + began - time.monotonic(), 2))
+                None if timeout is None else max(0.0, round(timeout + began - time.monotonic(), 1))
             )
             seen = self._editions.seen
             return shoot(self.viewer, seen, is_current, self._check_open, size, controls, left)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}{self.server.app.work.last_error()}") from None
         finally:
             self._picturing.release()
 

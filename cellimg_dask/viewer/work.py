@@ -84,6 +84,13 @@ class Work:
             {"time": time.time(), "layer": name, "position": position, "text": text}
         )
 
+    def last_error(self) -> str:
+        """Return what went wrong last, as the end of a sentence; nothing if nothing did."""
+        if not self._errors:
+            return ""
+        error = self._errors[0]
+        return f"; what failed last is of layer {error['layer']!r}: {error['text']}"
+
     # ------------------------------------------------------------------ as an image
 
     @staticmethod

@@ -240,7 +240,9 @@ def test_cells_that_fail_are_told_by_wait(show: Any) -> None:
         raise RuntimeError("no such luck")
 
     shown = show({"image": ci.fill_cells(failing, ci.CellGrid((64, 64), 32), dtype="u1")})
-    with pytest.raises(TimeoutError, match=r"0 of \d+ visible chunks|no page has drawn"):
+    with pytest.raises(
+        TimeoutError, match=r"(0 of \d+ visible chunks|no page has drawn).* 'image': .*no such luck"
+    ):
         shown.wait(3)
 
 

@@ -444,6 +444,41 @@ def test_who_does_not_say_what_it_wants_is_not_waited_for(serving, get, monkeypa
     assert get(server, "slow/0/c/0").status == 200
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_strangers_cannot_take_all_descriptors(serving, get, monkeypatch, plain):
+    if plain:
+        monkeypatch.setitem(sys.modules, "uvicorn.protocols.http.httptools_impl", None)
+    monkeypatch.setattr(listening, "most_connections", lambda: 5)
+    server = serving({"it": np.ones(3, "u1")})
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(socket.create_connection((server.host, server.port)))
+        until(lambda: len(server._listening._server.server_state.connections) == 5)
+        for _ in range(20):
+            reply = exchange(server, b"")
+            assert reply == b"" or status_of(reply) == 503
+    until(lambda: not server._listening._server.server_state.connections)
+    assert get(server, "it/0/c/0").status == 200
+
+
+def test_that_nobody_can_be_accepted_is_not_told_again_and_again(caplog):
+    told = []
+
+    class Loop:
+        default_exception_handler = told.append
+
+    for message in (
+        "socket.accept() out of system resource",
+        "Exception in callback BaseSelectorEventLoop._start_serving(<function Server>)",
+    ):
+        listening._note(Loop, {"message": message})
+    assert not told
+    assert not caplog.records
+    listening._note(Loop, {"message": "something else"})
+    assert told == [{"message": "something else"}]
+    assert listening.most_connections() >= 16
+
+
 def test_silent_connections_are_asked_whether_they_are_there(serving, get):
     server = serving({"it": np.ones(3, "u1")})
     assert get(server, "it/0/c/0").status == 200
