@@ -6,6 +6,7 @@ This module imports neuroglancer and tornado; it is imported where a view is mad
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.resources
 import json
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import neuroglancer
+import tornado.ioloop
 import tornado.web
 from neuroglancer import viewer_base
 from neuroglancer.server import Server as NeuroglancerServer
@@ -33,6 +35,7 @@ _logger = logging.getLogger("cellimg_dask")
 _SCRIPT = "@cellimg.js"
 _STRANGERS_BYTES = 1 << 16
 _ONCE_S = 60
+_REST_S = 1.0
 
 
 class Frame(NeuroglancerServer):  # type: ignore[misc]
@@ -87,6 +90,8 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
             return find(request, **more)
 
         self.app.find_handler = found
+        self._io_loop = tornado.ioloop.IOLoop.current()
+        self.loop.set_exception_handler(self._on_error)
         most, handle = most_connections(), self.http_server.handle_stream
 
         def handled(stream: Any, address: Any) -> None:
@@ -140,6 +145,21 @@ class Frame(NeuroglancerServer):  # type: ignore[misc]
             call()
 
         self.loop.call_soon_threadsafe(begin)
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Rest for a moment where nobody can be accepted; tell other errors."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            _logger.debug("no connection can be accepted: %s", error)
+            self._listen(0)
+            loop.call_later(_REST_S, self._listen, tornado.ioloop.IOLoop.READ)
+        else:
+            loop.default_exception_handler(context)
+
+    def _listen(self, events: int) -> None:
+        if not self._stop_requested:
+            for descriptor in self.http_server._sockets:
+                self._io_loop.update_handler(descriptor, events)
 
     def after_fork(self) -> None:
         """Let go of the sockets in a process that has no such thread."""

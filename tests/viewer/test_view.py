@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import http.client
 import json
@@ -445,6 +446,41 @@ def test_names_that_others_need() -> None:
         assert len(v.viewer.state.layers) == 3
         with pytest.raises(ValueError, match="'landmarks of a' is called as"):
             v.landmarks("a", "work on a")
+
+
+def test_a_page_server_without_descriptors_rests(
+    monkeypatch: pytest.MonkeyPatch, shown: View, page: Any, caplog: Any
+) -> None:
+    events: list[int] = []
+    rests, goes_on = threading.Event(), threading.Event()
+    frame = shown._frame
+    update = frame._io_loop.update_handler
+
+    def noted(descriptor: int, event: int) -> None:
+        update(descriptor, event)
+        events.append(event)
+        (goes_on if event else rests).set()
+
+    monkeypatch.setattr(frame._io_loop, "update_handler", noted)
+    monkeypatch.setattr("cellimg_dask.viewer.frame._REST_S", 0.05)
+    context = {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")}
+    frame.loop.call_soon_threadsafe(frame._on_error, frame.loop, context)
+    assert rests.wait(PATIENCE_S)
+    assert goes_on.wait(PATIENCE_S)
+    assert events == [0, frame._io_loop.READ]
+    assert page(shown).ask("")[0] == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_page_takes_no_more_connections_than_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellimg_dask.viewer.frame.most_connections", lambda: 3)
+    with view({"image": lazy()}) as v, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", urlsplit(v.url).port)
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(address, timeout=PATIENCE_S))
+        until(lambda: len(v._frame.http_server._connections) == 3)
+        with socket.create_connection(address, timeout=PATIENCE_S) as stream:
+            assert stream.recv(1) == b""
 
 
 def test_an_address_for_once(shown: View, page: Any) -> None:
