@@ -140,6 +140,7 @@ class View(Looking):
                 self._brush.close()
             del self._given[name], self.server.layers[name]
             self._editions.forget(name)
+            self._editions.forget(self._scene.work_name(name))
             self._surfaces.pop(name, None)
         with self.viewer.txn() as state:
             for each in (name, self._scene.work_name(name)):
@@ -212,7 +213,13 @@ class View(Looking):
         def is_current() -> bool:
             return self._closed or self._by_address or self._editions.are_shown()
 
-        return shoot(self.viewer, self._editions.seen, is_current, size, controls, timeout)
+        seen = self._editions.seen
+        if self._work and not self._by_address:
+            # What has been done is known when all is there.
+            shoot(self.viewer, seen, is_current, size, True, timeout)
+            for name in self.layers:
+                self._editions.renew(self._scene.work_name(name))
+        return shoot(self.viewer, seen, is_current, size, controls, timeout)
 
     # ------------------------------------------------------------------ painting, landmarks
 
@@ -367,13 +374,18 @@ class View(Looking):
         with self._lock:
             base = self.server.url
             brush = self._brush
-            layers = {
-                name: {
-                    "edition": edition,
-                    "prefix": self._scene.source_url(base, name).removeprefix("zarr3://"),
-                }
-                for name, edition in self._editions.numbers().items()
-            }
+            numbers = self._editions.numbers()
+            layers = {}
+            for name in self._given:
+                urls = {name: self._scene.source_url(base, name)}
+                urls[self._scene.work_name(name)] = self._scene.source_url(f"{base}/@work", name)
+                for shown, url in urls.items():
+                    if shown in numbers:
+                        layers[shown] = {
+                            "edition": numbers[shown],
+                            "prefix": url.removeprefix("zarr3://"),
+                            "changes": shown != name,
+                        }
             facts = None if brush is None or brush.closed else brush.facts()
             self._frame.tell(layers=layers, brush=facts)
 
@@ -384,7 +396,7 @@ class View(Looking):
         self._tell()
         if name in self._surfaces:
             self._frame.soon(name, lambda: self._renew_meshes(name))
-        if self._by_address and not self._closed:
+        if self._by_address and name in self._given and not self._closed:
             url = self._scene.source_url(self.server.url, name, edition)
 
             def readdress(state: Any) -> None:
@@ -402,6 +414,8 @@ class View(Looking):
             self._given[name] = layer
             self.server.layers[name] = shown
         self._editions.watch(name, shown.images)
+        if self._work:
+            self._editions.watch(self._scene.work_name(name), ())
         self._tell()
 
     def _begin(self, layout: str, prefetch: bool) -> None:

@@ -235,6 +235,37 @@ def test_a_picture_without_a_browser_and_one_of_a_closed_view(browser: Any, tmp_
         shown.screenshot()
 
 
+def test_the_work_that_is_done_is_shown(show: Any) -> None:
+    from cellimg_dask.viewer.shooting import shoot
+
+    image = ci.fill_cells(Counted(), ci.CellGrid((128, 128), 32), dtype="u1")
+    # Nothing but the work is seen, so that the view itself has nothing computed.
+    shown = show({"image": Layer(image, contrast=(0, 255), visible=False)}, layout="xy", work=True)
+    shown.zoom(0.5)
+    with shown.viewer.txn() as state:
+        state.show_axis_lines = False
+    left, right = ((HEIGHT // 2, WIDTH // 2 + shift) for shift in (-100, 100))
+    before = picture(shown.screenshot(size=(WIDTH, HEIGHT), timeout=TIMEOUT_S))
+    assert np.array_equal(before[left], before[right])
+    image[:, :64]
+    now = picture(shown.screenshot(size=(WIDTH, HEIGHT), timeout=TIMEOUT_S))
+    red, green, blue = now[left] - before[left]
+    assert green > max(red, blue)
+    assert np.array_equal(now[right], before[right])
+
+    # The page looks by itself as well.
+    image[:, 64:]
+
+    def is_seen() -> bool:
+        shot = shoot(
+            shown.viewer, shown._editions.seen, lambda: True, (WIDTH, HEIGHT), False, TIMEOUT_S
+        )
+        return np.array_equal(picture(shot)[right], now[left])
+
+    until(is_seen)
+    assert image.stats().loads == 16
+
+
 def test_cells_that_fail_are_told_by_wait(show: Any) -> None:
     def failing(block: Any) -> None:
         raise RuntimeError("no such luck")
