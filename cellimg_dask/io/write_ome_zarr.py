@@ -431,7 +431,7 @@ def _levels(
         factors = [
             1 if axis_type(name) in ("time", "channel") else 2 for name in space.named.axes or ()
         ]
-    how = "labels" if kind else "image"
+    how: Literal["image", "labels"] = "labels" if kind else "image"
     made: Pyramid = pyramid(value, levels, how, factors=factors, method=method)
     return list(made) if levels is not None else made.levels[: _enough(made)]
 
