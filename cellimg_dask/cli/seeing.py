@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import click
 import cellimg_dask as ci
 from cellimg_dask.cli.require import require
 
-__all__ = ["serve", "view"]
+__all__ = ["look_at", "serve", "view"]
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,12 +114,26 @@ def view(
                     raise click.ClickException(str(error)) from error
                 click.echo(f"saved {screenshot}")
                 return
-            click.echo(viewer.url)
-            if not no_browser:
-                import webbrowser
+            _show(viewer, open_browser=not no_browser)
 
-                webbrowser.open_new(viewer.url)
-            _until_interrupted()
+
+def look_at(layers: Mapping[str, Any], *, layout: str, open_browser: bool) -> None:
+    """Show layers in the browser until that is interrupted."""
+    try:
+        viewer = ci.view(layers, layout=layout)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+    with viewer:
+        _show(viewer, open_browser=open_browser)
+
+
+def _show(viewer: ci.View, *, open_browser: bool) -> None:
+    click.echo(f"look  {viewer.url}  (until Ctrl-C)")
+    if open_browser:
+        import webbrowser
+
+        webbrowser.open_new(viewer.url)
+    _until_interrupted()
 
 
 def _until_interrupted() -> None:

@@ -131,7 +131,8 @@ def write_ome_zarr(
     labels : mapping of str to image, optional
         Labels of objects, by names; each like ``img``. They are written to the group ``labels``.
     levels : int, optional
-        How many, that of the image included; default: until the image fits into one cell.
+        How many, that of the image included; default: until no axis that becomes shorter is
+        longer than the longest edge of a cell.
     factors : optional
         As in `pyramid`; default: 2 along axes in space, 1 along t and c.
     method : {"mean", "mode", "nearest"}, optional
@@ -412,7 +413,9 @@ def _labels_in(attributes: Mapping[str, Any]) -> list[str]:
     return [name for name in found if isinstance(name, str)]
 
 
-def _levels(value: Any, kind: str | None, levels: Any, factors: Any, method: Any) -> list[CellImg]:
+def _levels(
+    value: Any, kind: str | None, levels: Any, factors: Any, method: Any
+) -> Sequence[CellImg]:
     """Return the levels of an image as it was given."""
     if isinstance(value, (Pyramid, list, tuple)):
         for what, given in (("levels", levels), ("factors", factors), ("method", method)):
@@ -428,10 +431,23 @@ def _levels(value: Any, kind: str | None, levels: Any, factors: Any, method: Any
         factors = [
             1 if axis_type(name) in ("time", "channel") else 2 for name in space.named.axes or ()
         ]
-    made: Pyramid = pyramid(
-        value, levels, "labels" if kind else "image", factors=factors, method=method
-    )
-    return list(made)
+    how: Literal["image", "labels"] = "labels" if kind else "image"
+    made: Pyramid = pyramid(value, levels, how, factors=factors, method=method)
+    return list(made) if levels is not None else made.levels[: _enough(made)]
+
+
+def _enough(made: Pyramid) -> int:
+    """Return how many levels there are until the image is small.
+
+    Cells may be flat, those of a stack of planes for instance.
+    """
+    longest = max(made[0].cell_shape, default=1)
+    for number, (image, scale) in enumerate(zip(made, made.scales, strict=True)):
+        coarser = made.scales[min(number + 1, len(made) - 1)]
+        shrinks = [a != b for a, b in zip(scale, coarser, strict=True)]
+        if all(n <= longest for n, becomes in zip(image.shape, shrinks, strict=True) if becomes):
+            return number + 1
+    return len(made)
 
 
 def _check_axes(space: Space, what: str) -> None:

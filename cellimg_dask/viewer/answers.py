@@ -6,10 +6,30 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeAlias
 
-__all__ = ["NOT_FOUND", "Answer", "Headers", "Send", "matches", "parse_range", "plain", "ranged"]
+__all__ = [
+    "BYTES",
+    "JSON",
+    "NOT_FOUND",
+    "NO_STORE",
+    "RANGES",
+    "REVALIDATE",
+    "Answer",
+    "Headers",
+    "Send",
+    "matches",
+    "parse_range",
+    "plain",
+    "ranged",
+]
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+JSON = (b"content-type", b"application/json")
+BYTES = (b"content-type", b"application/octet-stream")
+REVALIDATE = (b"cache-control", b"no-cache")
+NO_STORE = (b"cache-control", b"no-store")
+RANGES = (b"accept-ranges", b"bytes")
 
 _RANGE = re.compile(rb"bytes[ \t]*=[ \t]*([0-9]{0,19})-([0-9]{0,19})[ \t]*", re.IGNORECASE)
 
@@ -44,7 +64,7 @@ class Answer:
 def plain(status: int, text: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> Answer:
     """Return an answer that is a text and is not kept."""
     body = text.encode("utf-8", "replace")
-    own = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
+    own = [(b"content-type", b"text/plain; charset=utf-8"), NO_STORE]
     return Answer(status, [*own, *headers], body)
 
 

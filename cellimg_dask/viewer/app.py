@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
-from itertools import count
+from collections.abc import MutableMapping
 from typing import Any, Literal
 
-from numpy.typing import NDArray
-
-from cellimg_dask.blocks.errors import describe
 from cellimg_dask.geometry import as_int
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.viewer.answers import (
+    BYTES,
+    JSON,
+    NO_STORE,
     NOT_FOUND,
+    RANGES,
+    REVALIDATE,
     Answer,
     Headers,
     Send,
@@ -28,35 +26,21 @@ from cellimg_dask.viewer.answers import (
     ranged,
 )
 from cellimg_dask.viewer.chunks import ServedArray, position_of
-from cellimg_dask.viewer.documents import Codec, as_bytes, image_documents, root_documents
-from cellimg_dask.viewer.gate import Gate
-from cellimg_dask.viewer.layers import Layer, Layers
+from cellimg_dask.viewer.documents import Codec, as_bytes, root_documents
+from cellimg_dask.viewer.layers import Layers
 from cellimg_dask.viewer.page import PAGE
+from cellimg_dask.viewer.served import Document, ServedLayer
+from cellimg_dask.viewer.waiting import Receive, Waiting
 from cellimg_dask.viewer.work import Work
 
-__all__ = ["ServerApp", "asgi_app", "checked_token"]
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+__all__ = ["ServerApp", "checked_token"]
 
 _EDITION = re.compile(r"@edition-[A-Za-z0-9._-]+")
 _TOKEN = re.compile(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]*")
-_JSON = (b"content-type", b"application/json")
-_BYTES = (b"content-type", b"application/octet-stream")
-_REVALIDATE = (b"cache-control", b"no-cache")
-_NO_STORE = (b"cache-control", b"no-store")
-_RANGES = (b"accept-ranges", b"bytes")
-
-_ELSEWHERE = 64
-"""Cells that workers elsewhere are asked for at a time; each takes a thread here."""
-_READERS = 8
-"""Cells of arrays that are read at a time, also while all threads compute."""
-
-# Requests of all servers: whoever asks last is served first.
-_priorities = count(-1, -1)
 
 
 class ServerApp:
-    """An ASGI app that serves images as virtual OME-Zarr; made by `asgi_app`.
+    """An ASGI app that serves images as virtual OME-Zarr; made by ``asgi_app``.
 
     Notes
     -----
@@ -86,14 +70,10 @@ class ServerApp:
         self.work = Work()
         """What the server has to do, and what went wrong."""
         self._token_bytes = b"" if token is None else token.encode()
-        self._served: dict[str, _ServedLayer] = {}
-        self._root: tuple[tuple[_ServedLayer, ...], dict[str, dict[str, _Document]]] = ((), {})
-        self._tasks: set[asyncio.Task[Any]] = set()
-        # Where each request takes a thread.
-        self._gate = Gate(_ELSEWHERE)
-        self._reading = Gate(_READERS)
-        self._pool: ThreadPoolExecutor | None = None
-        self._closed = False
+        self._served: dict[str, ServedLayer] = {}
+        self._root: tuple[tuple[ServedLayer, ...], dict[str, dict[str, Document]]] = ((), {})
+        self.waiting = Waiting(self.work, self.max_requests)
+        """The cells that are waited for."""
         self._common: Headers = [(b"x-content-type-options", b"nosniff")]
         if allow_origin is not None:
             self._common += [
@@ -111,21 +91,7 @@ class ServerApp:
 
     def close(self) -> None:
         """End all requests with an error, and take no more for cells."""
-        self._closed = True
-        for task in list(self._tasks):
-            # The loop may have ended.
-            with suppress(RuntimeError):
-                task.get_loop().call_soon_threadsafe(task.cancel)
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            # What hangs is not waited for.
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _threads(self) -> ThreadPoolExecutor:
-        """Return the threads that read arrays and compress."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_READERS)
-        return self._pool
+        self.waiting.close()
 
     # ------------------------------------------------------------------ ASGI
 
@@ -154,7 +120,7 @@ class ServerApp:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                self._closed = False
+                self.waiting.closed = False
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
                 self.close()
@@ -205,7 +171,7 @@ class ServerApp:
         if parts == ["@status"]:
             return self._page(scope)
         if parts == ["@status.json"]:
-            return Answer(200, [_JSON, _NO_STORE], as_bytes(self._status()))
+            return Answer(200, [JSON, NO_STORE], as_bytes(self._status()))
         return NOT_FOUND
 
     def _front(self, scope: MutableMapping[str, Any]) -> Answer:
@@ -228,7 +194,7 @@ class ServerApp:
                     ),
                 ),
                 (b"referrer-policy", b"no-referrer"),
-                _NO_STORE,
+                NO_STORE,
             ],
             PAGE.replace("@BASE@", base).encode(),
         )
@@ -259,14 +225,14 @@ class ServerApp:
         document = served.documents[version].get("/".join(parts[1:]))
         return NOT_FOUND if document is None else document.answer(scope["headers"])
 
-    def _layer(self, name: str) -> _ServedLayer | None:
+    def _layer(self, name: str) -> ServedLayer | None:
         layer = self.layers.get(name)
         if layer is None:
             self._served.pop(name, None)
             return None
         served = self._served.get(name)
         if served is None or served.layer is not layer:
-            served = self._served[name] = _ServedLayer(name, layer, self.compression)
+            served = self._served[name] = ServedLayer(name, layer, self.compression)
         return served
 
     def _root_document(
@@ -277,7 +243,7 @@ class ServerApp:
         if known != layers or not documents:
             documents = {
                 each: {
-                    key: _Document(document)
+                    key: Document(document)
                     for key, document in root_documents(
                         {served.name: served.described[each] for served in layers}, each
                     ).items()
@@ -294,7 +260,7 @@ class ServerApp:
         self,
         scope: MutableMapping[str, Any],
         receive: Receive,
-        served: _ServedLayer,
+        served: ServedLayer,
         array: ServedArray,
         index: int,
     ) -> Answer | None:
@@ -309,7 +275,7 @@ class ServerApp:
         loader = array.image.loader
         tag = array.tag(loader, index)
         if tag is not None and known is not None and matches(tag, known):
-            return Answer(304, [(b"etag", tag), _REVALIDATE, _RANGES])
+            return Answer(304, [(b"etag", tag), REVALIDATE, RANGES])
         cell = array.held(loader, index)
         if cell is None:
             if scope["method"] == "HEAD":
@@ -318,7 +284,7 @@ class ServerApp:
                 found = parse_range(wanted, array.nbytes)
                 if found is not None and found[0] >= found[1]:
                     return ranged(memoryview(bytes(array.nbytes)), [], wanted, None)
-            computed = await self._compute(receive, served, array, index)
+            computed = await self.waiting.compute(receive, served.name, array, index)
             if computed is None or isinstance(computed, Answer):
                 return computed
             cell, began = computed
@@ -331,78 +297,18 @@ class ServerApp:
         body: bytes | memoryview = voxels
         if array.codec is not None:
             loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(self._threads(), array.encode, voxels)
-        headers = [_BYTES, _RANGES]
-        headers += [_NO_STORE] if tag is None else [(b"etag", tag), _REVALIDATE]
+            body = await loop.run_in_executor(self.waiting.threads(), array.encode, voxels)
+        headers = [BYTES, RANGES]
+        headers += [NO_STORE] if tag is None else [(b"etag", tag), REVALIDATE]
         self.work.num_chunks += 1
         self.work.num_bytes += len(body)
         return ranged(body, headers, wanted, if_range)
 
     def _head(self, array: ServedArray, tag: bytes | None) -> Answer:
         """Say that a chunk is there, without computing it."""
-        headers = [_BYTES, _RANGES]
-        headers += [_NO_STORE] if tag is None else [(b"etag", tag), _REVALIDATE]
+        headers = [BYTES, RANGES]
+        headers += [NO_STORE] if tag is None else [(b"etag", tag), REVALIDATE]
         return Answer(200, headers, length=array.nbytes if array.codec is None else -1)
-
-    async def _compute(
-        self, receive: Receive, served: _ServedLayer, array: ServedArray, index: int
-    ) -> tuple[NDArray[Any], CellLoader] | Answer | None:
-        """Compute a cell; return it and the edition it was asked of, or why there is none.
-
-        None where whoever asked has gone; then nobody computes it, unless it has begun.
-        """
-        if self._closed:
-            return plain(503, "the server is closing\n")
-        if len(self._tasks) >= self.max_requests:
-            self.work.num_refused += 1
-            return plain(503, "too many requests\n", [(b"retry-after", b"1")])
-        loop = asyncio.get_running_loop()
-        loading = loop.create_task(self._load(array, index))
-        gone = loop.create_task(_until_gone(receive))
-        # Until it has let go of its request.
-        self._tasks.add(loading)
-        loading.add_done_callback(self._tasks.discard)
-        self.work.begin(array, index)
-        try:
-            await asyncio.wait((loading, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not loading.done():
-                self.work.num_cancelled += 1
-                return None
-            return self._outcome(loading, served, array, index)
-        finally:
-            # They cancel what they wait for.
-            gone.cancel()
-            loading.cancel()
-            self.work.end(array, index)
-
-    def _outcome(
-        self,
-        loading: asyncio.Task[tuple[NDArray[Any], CellLoader]],
-        served: _ServedLayer,
-        array: ServedArray,
-        index: int,
-    ) -> tuple[NDArray[Any], CellLoader] | Answer:
-        if loading.cancelled():
-            return plain(503, "the server is closing\n")
-        error = loading.exception()
-        if error is None:
-            self.work.succeeded(array, index)
-            return loading.result()
-        if isinstance(error, CancelledError):
-            return plain(503, "the computation was cancelled\n")
-        text = describe(error)
-        self.work.failed(served.name, array, index, text)
-        return plain(500, text + "\n")
-
-    async def _load(self, array: ServedArray, index: int) -> tuple[NDArray[Any], CellLoader]:
-        if array.only_reads:
-            loop = asyncio.get_running_loop()
-            async with self._reading:
-                return await loop.run_in_executor(self._threads(), _read, array, index)
-        if array.elsewhere:
-            async with self._gate:
-                return await _load(array, index)
-        return await _load(array, index)
 
     # ------------------------------------------------------------------ work
 
@@ -413,128 +319,17 @@ class ServerApp:
         if len(parts) > 1 and parts[1] == "c":
             array = served.level(parts[0])
             body = None if array is None else self.work.chunk(array, parts[2:])
-            return NOT_FOUND if body is None else Answer(200, [_BYTES, _NO_STORE], body)
+            return NOT_FOUND if body is None else Answer(200, [BYTES, NO_STORE], body)
         document = served.work_documents.get("/".join(parts))
-        return NOT_FOUND if document is None else Answer(200, [_JSON, _NO_STORE], document.body)
+        return NOT_FOUND if document is None else Answer(200, [JSON, NO_STORE], document.body)
 
     def _status(self) -> dict[str, Any]:
         names = list(self.layers)
         layers = [served for name in names if (served := self._layer(name)) is not None]
         return self.work.status(
-            [(served.name, served.layer, served.arrays) for served in layers], len(self._tasks)
+            [(served.name, served.layer, served.arrays) for served in layers],
+            len(self.waiting.tasks),
         )
-
-
-class _Document:
-    """A document as it is sent."""
-
-    def __init__(self, document: Any) -> None:
-        self.body = as_bytes(document)
-        self._tag = b'"d-%s"' % hashlib.sha256(self.body).hexdigest()[:24].encode()
-
-    def answer(self, headers: Headers) -> Answer:
-        """Return the document, or that it is still the same."""
-        own: Headers = [_JSON, (b"etag", self._tag), _REVALIDATE, _RANGES]
-        asked = dict(headers)
-        known = asked.get(b"if-none-match")
-        if known is not None and matches(self._tag, known):
-            return Answer(304, own[1:])
-        return ranged(self.body, own, asked.get(b"range"), asked.get(b"if-range"))
-
-
-class _ServedLayer:
-    """A layer with all that is said of it."""
-
-    def __init__(self, name: str, layer: Layer, codec: Codec | None) -> None:
-        self.name = name
-        self.layer = layer
-        self.arrays = [ServedArray(image, layer.fill_value, codec) for image in layer.images]
-        self.described: dict[str, dict[str, Any]] = {}
-        self.documents: dict[str, dict[str, _Document]] = {}
-        for version in ("0.4", "0.5"):
-            self.described[version] = image_documents(
-                name,
-                [array.grid for array in self.arrays],
-                layer.spaces,
-                layer.dtype,
-                layer.fill_value,
-                codec,
-                version,
-                is_labels=layer.kind == "labels",
-            )
-            self.documents[version] = {
-                path: _Document(document) for path, document in self.described[version].items()
-            }
-        self.work_documents = {
-            path: _Document(document)
-            for path, document in Work.documents(name, layer.spaces, self.arrays).items()
-        }
-
-    def level(self, part: str) -> ServedArray | None:
-        """Return the array of a level by its name."""
-        known = len(self.arrays)
-        number = position_of([part], [known])
-        return None if number is None else self.arrays[number]
-
-
-def asgi_app(
-    layers: Any,
-    *,
-    token: str | None = None,
-    compression: Codec | None = None,
-    max_requests: int = 10_000,
-    allow_origin: str | None = "*",
-) -> ServerApp:
-    r"""Return an ASGI app that serves images as virtual OME-Zarr, to be mounted in another.
-
-    Below where it is mounted, and below the token if there is one, ``<name>/`` is the image of
-    that name as OME-Zarr 0.5 in zarr 3, ``@0.4/<name>/`` the same as OME-Zarr 0.4 in zarr 2. A
-    chunk is a cell: whoever reads it has that cell computed, and no other. `serve` runs it.
-
-    Parameters
-    ----------
-    layers : mapping of str to image
-        As in `serve`.
-    token : str, optional
-        First part of all addresses; without it there is nothing. Default: none.
-    compression : {"zstd", "gzip"}, optional
-        How chunks are compressed. Default: not at all.
-    max_requests : int
-        So many chunks may be waited for at a time; further requests are refused (503).
-    allow_origin : str or None
-        Which web pages may read: ``"*"`` all of them, an origin, or None.
-
-    Returns
-    -------
-    ServerApp
-        With ``layers``, which may be changed, and ``close()``.
-
-    Examples
-    --------
-    >>> import asyncio
-    >>> import numpy as np
-    >>> import cellimg_dask as ci
-    >>> app = asgi_app({"raw": np.arange(6, dtype="u1")})
-    >>> async def get(path):
-    ...     sent = []
-    ...     async def send(message):
-    ...         sent.append(message)
-    ...     async def receive():
-    ...         await asyncio.sleep(60)
-    ...     await app({"type": "http", "method": "GET", "path": path, "headers": []}, receive, send)
-    ...     return sent[0]["status"], bytes(sent[1]["body"])
-    >>> asyncio.run(get("/raw/0/c/0"))
-    (200, b'\x00\x01\x02\x03\x04\x05')
-    >>> asyncio.run(get("/raw/0/c/1"))
-    (404, b'not found\n')
-    """
-    return ServerApp(
-        layers,
-        token=token,
-        compression=compression,
-        max_requests=max_requests,
-        allow_origin=allow_origin,
-    )
 
 
 def checked_token(token: str | None) -> str | None:
@@ -547,38 +342,6 @@ def checked_token(token: str | None) -> str | None:
     return token
 
 
-def _read(array: ServedArray, index: int) -> tuple[NDArray[Any], CellLoader]:
-    """Return a cell of an array, read on this thread, and the edition that it is of."""
-    # Whoever looks at data does not wait for threads that compute.
-    loader = array.image.loader
-    return array.image.load(index), loader
-
-
-async def _load(array: ServedArray, index: int) -> tuple[NDArray[Any], CellLoader]:
-    """Compute a cell; return it, and the edition that it is of."""
-    image = array.image
-    while True:
-        loader = image.loader
-        request = image.request(array.roi(index), priority=next(_priorities))
-        if image.loader is loader:
-            break
-    try:
-        return await request, loader
-    except asyncio.CancelledError:
-        raise
-    except BaseException as raised:
-        # With function, cell and cause, where it is a block's.
-        error = request.error or raised
-        if not isinstance(error, Exception):
-            # A block that ends its thread does not end this one.
-            error = RuntimeError(describe(error))
-    try:
-        raise error
-    finally:
-        # The error holds this frame.
-        del error
-
-
 def _same_version(
     array: ServedArray, before: CellLoader, began: CellLoader, index: int, tag: bytes
 ) -> bool:
@@ -587,9 +350,3 @@ def _same_version(
     if now is before and now is began:
         return True
     return array.tag(began, index) == tag == array.tag(now, index)
-
-
-async def _until_gone(receive: Receive) -> None:
-    """Return when whoever asked has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -240,6 +240,8 @@ def _levels(
     else:
         stored = getattr(image, "levels", None)
         own = list(stored) if isinstance(stored, tuple) and stored else [image]
+        # Of a coarser level, that one and those above it.
+        own = own[next((n for n, part in enumerate(own) if part is image), 0) :]
     if isinstance(levels, (int, np.integer)) and not isinstance(levels, bool):
         made = pyramid(_as_image(own[0]), levels, kind)
         return made.levels, tuple(part.space for part in made.levels)

@@ -9,16 +9,18 @@ import secrets
 import socket
 import weakref
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cellimg_dask.geometry import as_int
 from cellimg_dask.queues.connect import is_local
-from cellimg_dask.viewer.app import ServerApp, asgi_app
 from cellimg_dask.viewer.documents import Codec
 from cellimg_dask.viewer.layers import Layers
-from cellimg_dask.viewer.listening import Listening, listen
 
-__all__ = ["Server", "serve"]
+if TYPE_CHECKING:
+    from cellimg_dask.viewer.app import ServerApp
+    from cellimg_dask.viewer.listening import Listening
+
+__all__ = ["Server", "asgi_app", "serve"]
 
 
 class Server:
@@ -168,6 +170,8 @@ def serve(
     >>> negative.stats().loads
     2
     """
+    from cellimg_dask.viewer.listening import listen
+
     number = as_int(port, "port", minimum=0)
     if number > 65535:
         raise ValueError(f"port must be 0..65535, got {number}")
@@ -184,6 +188,69 @@ def serve(
     )
     listening = listen(app, host, number)
     return Server(app, _reachable(host), listening)
+
+
+def asgi_app(
+    layers: Any,
+    *,
+    token: str | None = None,
+    compression: Codec | None = None,
+    max_requests: int = 10_000,
+    allow_origin: str | None = "*",
+) -> ServerApp:
+    r"""Return an ASGI app that serves images as virtual OME-Zarr, to be mounted in another.
+
+    Below where it is mounted, and below the token if there is one, ``<name>/`` is the image of
+    that name as OME-Zarr 0.5 in zarr 3, ``@0.4/<name>/`` the same as OME-Zarr 0.4 in zarr 2. A
+    chunk is a cell: whoever reads it has that cell computed, and no other. `serve` runs it.
+
+    Parameters
+    ----------
+    layers : mapping of str to image
+        As in `serve`.
+    token : str, optional
+        First part of all addresses; without it there is nothing. Default: none.
+    compression : {"zstd", "gzip"}, optional
+        How chunks are compressed. Default: not at all.
+    max_requests : int
+        So many chunks may be waited for at a time; further requests are refused (503).
+    allow_origin : str or None
+        Which web pages may read: ``"*"`` all of them, an origin, or None.
+
+    Returns
+    -------
+    ServerApp
+        With ``layers``, which may be changed, and ``close()``.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> import numpy as np
+    >>> import cellimg_dask as ci
+    >>> app = asgi_app({"raw": np.arange(6, dtype="u1")})
+    >>> async def get(path):
+    ...     sent = []
+    ...     async def send(message):
+    ...         sent.append(message)
+    ...     async def receive():
+    ...         await asyncio.sleep(60)
+    ...     await app({"type": "http", "method": "GET", "path": path, "headers": []}, receive, send)
+    ...     return sent[0]["status"], bytes(sent[1]["body"])
+    >>> asyncio.run(get("/raw/0/c/0"))
+    (200, b'\x00\x01\x02\x03\x04\x05')
+    >>> asyncio.run(get("/raw/0/c/1"))
+    (404, b'not found\n')
+    """
+    # What HTTP needs is imported where it is used.
+    from cellimg_dask.viewer.app import ServerApp
+
+    return ServerApp(
+        layers,
+        token=token,
+        compression=compression,
+        max_requests=max_requests,
+        allow_origin=allow_origin,
+    )
 
 
 def _check_host(host: str, token: str | None, *, insecure: bool) -> None:

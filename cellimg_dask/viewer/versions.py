@@ -80,7 +80,7 @@ class CellVersions:
                     self._last.update(dict.fromkeys(cells, number))
                 self._seen = number
             if len(self._large) > _MOST_LARGE:
-                self._floor = self._large[-_MOST_LARGE - 1][0]
+                self._floor = max(self._floor, self._large[-_MOST_LARGE - 1][0])
                 self._large = self._large[-_MOST_LARGE:]
             if len(self._last) > _MOST_LISTED:
                 self._floor, self._last = max(self._floor, *self._last.values()), {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import tifffile
@@ -21,6 +22,7 @@ import zarr
 from scipy import ndimage
 
 import cellimg_dask as ci
+from cellimg_dask.viewer.browser import find_browser
 
 FUNCTIONS = """
 from scipy import ndimage
@@ -64,11 +66,16 @@ def folder(run) -> Path:
     return Path.cwd()
 
 
+def serving(*arguments: str) -> contextlib.AbstractContextManager[dict[str, str]]:
+    """Start ``cellimg serve``, and give the address of each layer."""
+    return running("status", "serve", *arguments)
+
+
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[dict[str, str]]:
-    """Start ``cellimg serve``, give what it printed, and end it as Ctrl-C does."""
+def running(last: str, *arguments: str) -> Iterator[dict[str, str]]:
+    """Start ``cellimg``, give what it printed up to a line, and end it as Ctrl-C does."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cellimg_dask", "serve", *arguments],
+        [sys.executable, "-m", "cellimg_dask", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -81,9 +88,9 @@ def serving(*arguments: str) -> Iterator[dict[str, str]]:
         for line in process.stdout:
             name, _, address = line.rstrip("\n").partition("  ")
             addresses[name] = address
-            if name == "status":
+            if name == last:
                 break
-        assert "status" in addresses, process.stderr.read()
+        assert last in addresses, process.stderr.read()
         yield addresses
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -140,6 +147,26 @@ def test_a_spec_writes_ome_zarr(run, folder):
     again = run("run", "spec.yaml", "--no-progress")
     assert "0 cells computed" in again.stdout
     assert run("plan", "spec.yaml").exit_code == 0
+
+
+def test_a_file_is_viewed(run, folder):
+    with running("look", "view", "in.tif", "--no-browser") as addresses:
+        address, _, hint = addresses["look"].partition("  ")
+        assert hint == "(until Ctrl-C)"
+        with urlopen(address) as answer:
+            assert b"neuroglancer" in answer.read()
+    if find_browser() is None:
+        pytest.skip("no Chromium here for the picture: apt install chromium")
+    done = run("view", "in.tif", "--screenshot", "in.png")
+    assert done.exit_code == 0, done.output
+    assert len(np.unique(iio.imread("in.png"))) > 50
+
+
+def test_the_demo_is_viewed(folder):
+    demo = running("look", "demo", "in.tif", "--cell", "8", "--view", "--no-browser")
+    with demo as addresses, urlopen(addresses["look"].partition("  ")[0]) as answer:
+        assert b"neuroglancer" in answer.read()
+    assert Path("demo-output/preview.png").is_file()
 
 
 @pytest.mark.parametrize(

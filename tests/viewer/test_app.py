@@ -13,11 +13,11 @@ from support import PATIENCE_S
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
-from cellimg_dask.viewer import app as app_module
 from cellimg_dask.viewer import versions as versions_module
-from cellimg_dask.viewer.app import asgi_app
+from cellimg_dask.viewer import waiting as waiting_module
 from cellimg_dask.viewer.gate import Gate
 from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.viewer.serving import asgi_app
 from cellimg_dask.viewer.versions import CellVersions
 
 
@@ -189,7 +189,7 @@ def test_a_cell_whose_reader_has_gone_is_not_computed(ask_in_loop, threads_hang)
                 asyncio.create_task(ask_in_loop(app, f"/it/0/c/{index}", gone=gone))
                 for index in range(1, 50)
             ]
-            while len(app._tasks) < 50:
+            while len(app.waiting.tasks) < 50:
                 await asyncio.sleep(0)
             gone.set()
             assert await asyncio.gather(*others) == [None] * 49
@@ -213,7 +213,7 @@ def test_too_many_requests_are_refused(ask_in_loop, threads_hang):
 
     async def one_too_many():
         first = [asyncio.create_task(ask_in_loop(app, f"/it/0/c/{n}")) for n in (0, 1)]
-        while len(app._tasks) < 2:
+        while len(app.waiting.tasks) < 2:
             await asyncio.sleep(0)
         third = await ask_in_loop(app, "/it/0/c/2")
         threads_hang.set()
@@ -236,7 +236,7 @@ def test_closing_ends_requests_and_takes_no_more(ask, ask_in_loop, threads_hang)
 
     async def close_half_way():
         asked = asyncio.create_task(ask_in_loop(app, "/hangs/0/c/0"))
-        while not app._tasks:
+        while not app.waiting.tasks:
             await asyncio.sleep(0)
         app.close()
         return await asked
@@ -752,12 +752,12 @@ def test_what_changes_while_it_is_computed_has_no_version_or_the_right_one(ask_i
 def test_where_each_request_takes_a_thread_few_are_made_at_a_time(ask_in_loop, monkeypatch):
     image, _ = counted((20,), 1)
     app = asgi_app({"it": image})
-    app._gate = Gate(2)
+    app.waiting._gate = Gate(2)
     app._layer("it").arrays[0].elsewhere = True
     order: list[int] = []
     at_once: list[int] = []
     turns: list[asyncio.Event] = []
-    load = app_module._load
+    load = waiting_module._load
 
     async def load_slowly(array, index):
         order.append(index)
@@ -768,7 +768,7 @@ def test_where_each_request_takes_a_thread_few_are_made_at_a_time(ask_in_loop, m
         turns.remove(turn)
         return await load(array, index)
 
-    monkeypatch.setattr(app_module, "_load", load_slowly)
+    monkeypatch.setattr(waiting_module, "_load", load_slowly)
 
     async def ask_all():
         gone = asyncio.Event()
@@ -778,7 +778,7 @@ def test_where_each_request_takes_a_thread_few_are_made_at_a_time(ask_in_loop, m
             )
             for n in range(20)
         ]
-        while len(app._tasks) < 20:
+        while len(app.waiting.tasks) < 20:
             await asyncio.sleep(0)
         gone.set()
         while not all(task.done() for task in asked):
@@ -794,7 +794,7 @@ def test_where_each_request_takes_a_thread_few_are_made_at_a_time(ask_in_loop, m
     ]
     assert max(at_once) == 1
     assert order == [0, 1, 18, 16, *range(15, 4, -1), 3, 2]
-    assert app._gate._free == 2
+    assert app.waiting._gate._free == 2
 
 
 def test_what_was_computed_with_other_parameters_is_not_told_under_the_name_of_these(
@@ -802,7 +802,7 @@ def test_what_was_computed_with_other_parameters_is_not_told_under_the_name_of_t
 ):
     image = ci.map_cells(np.full_like, np.ones(4, "u1"), params={"fill_value": 1}, dtype="u1")
     app = asgi_app({"it": image})
-    load = app_module._load
+    load = waiting_module._load
 
     async def load_of_others(array, index):
         image.set_params(fill_value=2)
@@ -811,7 +811,7 @@ def test_what_was_computed_with_other_parameters_is_not_told_under_the_name_of_t
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(app_module, "_load", load_of_others)
+        patch.setattr(waiting_module, "_load", load_of_others)
         first = ask(app, "/it/0/c/0")
     assert first.body == bytes([2] * 4)
     assert "etag" not in first.headers
@@ -842,6 +842,8 @@ def test_versions_of_many_large_changes_change_too_often_and_never_too_seldom(mo
     versions = CellVersions(image)
     rng = np.random.default_rng(3)
     kept = 0
+    changes = [0] * 40
+    named: dict[tuple[int, str | None], int] = {}
     for _ in range(60):
         before = [versions.of(image.loader, index) for index in range(40)]
         low = int(rng.integers(40))
@@ -852,4 +854,8 @@ def test_versions_of_many_large_changes_change_too_often_and_never_too_seldom(mo
         same = [a == b for a, b in zip(before, after, strict=True)]
         assert not any(same[low:high])
         kept += sum(same)
+        for index in range(40):
+            changes[index] += low <= index < high
+            # A name never stands for two contents.
+            assert named.setdefault((index, after[index]), changes[index]) == changes[index]
     assert kept > 600

@@ -53,6 +53,22 @@ def test_an_edit_of_a_source_is_followed():
     assert layer.image[0, 0] == 99
 
 
+def test_an_opened_image_has_the_levels_of_its_file(tmp_path):
+    image = lazily(IMAGE, cell_shape=2).with_space(axes="yx", units="um", scale=0.5)
+    ci.write_ome_zarr(image, tmp_path / "it.zarr", levels=3, progress=False)
+    ci.write_ome_zarr(ci.label(IMAGE > 3), tmp_path / "labels.zarr", progress=False)
+    stored = ci.open_image(tmp_path / "it.zarr")
+    layer = Layer(stored)
+    assert layer.kind == "image"
+    assert layer.image.cell_shape == (2, 2)
+    assert layer.spaces == tuple(level.space for level in stored.levels)
+    for served, expected in zip(layer.images, ci.pyramid(image, 3), strict=True):
+        np.testing.assert_array_equal(np.asarray(served), np.asarray(expected))
+    assert len(Layer(stored.levels[1]).images) == 2
+    assert len(Layer(stored, levels=()).images) == 1
+    assert Layer(ci.open_image(tmp_path / "labels.zarr")).kind == "labels"
+
+
 def test_labels_are_recognised():
     labels = ci.label(IMAGE > 3)
     assert Layer(labels).kind == "labels"

@@ -235,7 +235,7 @@ def test_closing_ends_requests_that_wait(serving):
         asked = [
             pool.submit(raw_get, server, f"/{server.token}/it/0/c/{index}") for index in range(4)
         ]
-        until(lambda: len(server.app._tasks) == 4)
+        until(lambda: len(server.app.waiting.tasks) == 4)
         in_time(server.close)
         assert [status_of(each.result(PATIENCE_S)) for each in asked] == [503] * 4
     goes_on.set()
@@ -298,10 +298,10 @@ def test_a_thousand_requests_cancelled_half_way_leave_nothing(serving, get):
                 f"GET /{server.token}/it/0/c/{index} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
             )
             streams.append(stream)
-        until(lambda: len(server.app._tasks) == 200)
+        until(lambda: len(server.app.waiting.tasks) == 200)
         for stream in streams:
             stream.close()
-        until(lambda: not server.app._tasks)
+        until(lambda: not server.app.waiting.tasks)
     assert server.app.work.num_cancelled == 1000
     goes_on.set()
     assert get(server, "it/0/c/1000").body == bytes([1])

@@ -12,7 +12,7 @@ from support import PATIENCE_S
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
-from cellimg_dask.viewer.app import asgi_app
+from cellimg_dask.viewer.serving import asgi_app
 from cellimg_dask.viewer.work import CACHED, COMPUTING, FAILED, UNKNOWN, WAITING
 
 
@@ -50,7 +50,7 @@ def test_the_overlay_shows_what_is_there_computed_waited_for_and_failed(ask_in_l
         while image.loader.num_loading() < threads:
             await asyncio.sleep(0.001)
         waits = asyncio.create_task(ask_in_loop(app, "/it/0/c/2/19"))
-        while len(app._tasks) <= threads:
+        while len(app.waiting.tasks) <= threads:
             await asyncio.sleep(0)
         states = await shown()
         status = json.loads((await ask_in_loop(app, "/@status.json")).body)
