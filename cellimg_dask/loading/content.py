@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from glob import escape, glob
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,8 +36,9 @@ _SCHEMA = 1
 _REMEMBERED = 1 << 16
 
 
-Described = dict[int, tuple[Any, str]]
-"""Of inputs that are zarr arrays: the metadata, and their digest, which takes long to make."""
+Described = dict[int, tuple[Any, Any]]
+"""Of inputs in stores, what takes long to make: of a zarr array the metadata and their digest, of
+a data set of HDF5 the data set and where else its values may be."""
 
 
 class Image(Protocol):
@@ -256,11 +258,28 @@ def _stored(reader: Reader, boxes: Sequence[Box], number: int, described: Descri
             return content
     module = type(array).__module__.partition(".")[0]
     if module == "h5py":
-        return ["h5py", array.name, array.file.filename, file_state(array.file.filename)]
+        file = array.file.filename
+        others = _other_files(array, file, number, described)
+        return ["h5py", array.name, file, file_state(file), *others]
     raise NoContentError(
         f"input {number} is a {module}.{type(array).__name__}, of which cannot be said what is in "
         f"it: give Input(array, version=…), a text that you change with its content"
     )
+
+
+def _other_files(array: Any, file: str, number: int, described: Described) -> list[Any]:
+    """Return the state of the files in which a data set of HDF5 has its values, beside its own."""
+    known = described.get(number)
+    if known is None or known[0] is not array:
+        names = {name for name, _, _ in array.external or ()}
+        if array.is_virtual:
+            names = {source.file_name for source in array.virtual_sources()} - {"."}
+        # HDF5 looks beside the file and in the working folder; "%b" stands for a number.
+        folders = Path(file).parent, Path.cwd()
+        places = [escape(str(folder / name)) for name in names for folder in folders]
+        known = described[number] = array, [place.replace("%b", "*") for place in sorted(places)]
+    found = sorted({file for place in known[1] for file in glob(place)})  # noqa: PTH207 - absolute
+    return [[[place, file_state(place)] for place in found]] if known[1] else []
 
 
 def _zarr(
