@@ -249,6 +249,20 @@ def test_shards_and_codecs(tmp_path: Path, version: Any) -> None:
         np.testing.assert_array_equal(array[:], VOLUME * 2)
 
 
+@VERSIONS
+def test_chunks_need_not_divide_a_level_that_is_one_cell(tmp_path: Path, version: Any) -> None:
+    image = ci.map_cells(np.negative, np.arange(18 * 23, dtype="i4").reshape(18, 23), cell_shape=8)
+    report = quiet(image, tmp_path / "a.zarr", version=version, chunks=4)
+    assert report.ok
+    for number, level in enumerate(ci.pyramid(image)):
+        array = zarr.open_array(tmp_path / "a.zarr" / str(number), mode="r")
+        assert array.chunks == (4, 4)
+        np.testing.assert_array_equal(array[:], level)
+    assert array.shape == (5, 6)
+    assert array.shards == (None if version == "0.4" else (8, 8))
+    assert quiet(image, tmp_path / "a.zarr", version=version, chunks=4).skipped == report.computed
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 12), min_size=2, max_size=3),
