@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, SupportsIndex
 
 from cellimg_dask.batch.filling import Filling, alone, prepare, reader_of
-from cellimg_dask.batch.folder import open_folder
+from cellimg_dask.batch.folder import is_url, open_folder
+from cellimg_dask.batch.lock import RunLock
 from cellimg_dask.batch.manifest import run_folder
 from cellimg_dask.batch.passes import reading_instead
 from cellimg_dask.batch.report import RunReport
@@ -197,16 +199,14 @@ timeout_s
         progress=progress,
     )
     group = _Group(where, version)
-    group.check(images, resume=resume, overwrite=overwrite)
-    for image in images:
-        for place, layout in zip(image.places, image.layouts, strict=True):
-            prepare(
-                layout, f"{where}/{place}", group.beside(place), resume=resume, overwrite=overwrite
-            )
-    group.describe(images)
     report = OmeZarrReport(where)
-    for image in images:
-        image.fill(filling, group, report, None if image.path else cells_per_call)
+    with group.lock():
+        group.check(images, resume=resume, overwrite=overwrite)
+        for image in images:
+            image.prepare(group, resume=resume, overwrite=overwrite)
+        group.describe(images)
+        for image in images:
+            image.fill(filling, group, report, None if image.path else cells_per_call)
     report.seconds = perf_counter() - began
     return report
 
@@ -270,6 +270,12 @@ class _Image:
         front = f"{self.path}/" if self.path else ""
         return [f"{front}{number}" for number in range(len(self.levels))]
 
+    def prepare(self, group: _Group, *, resume: bool, overwrite: bool) -> None:
+        """Create the arrays that are not there yet."""
+        for place, layout in zip(self.places, self.layouts, strict=True):
+            where = f"{group.where}/{place}"
+            prepare(layout, where, group.beside(place), resume=resume, overwrite=overwrite)
+
     def fill(
         self, filling: Filling, group: _Group, report: OmeZarrReport, cells_per_call: Any
     ) -> None:
@@ -304,6 +310,10 @@ class _Group:
         """Return where the markers of an array are."""
         return f"{run_folder(self.where)}/{place}"
 
+    def lock(self) -> RunLock:
+        """Return what is held while the group is written: one at a time may replace it."""
+        return RunLock(self._notes, self.where)
+
     def check(self, images: Sequence[_Image], *, resume: bool, overwrite: bool) -> None:
         """Refuse what is not to be carried on, and note that the group is ours."""
         mark = self._notes.read(_MARK)
@@ -336,12 +346,14 @@ class _Group:
         if overwrite:
             self._remove(noted.get("images", {}))
         kept = {} if overwrite else noted.get("images", {})
-        content = {
-            "schema": _SCHEMA,
-            "version": self.version,
-            "images": kept | {image.path: image.places for image in images},
-        }
+        known = kept | {image.path: image.places for image in images}
+        content = {"schema": _SCHEMA, "version": self.version, "images": known}
         self._notes.write(_MARK, json.dumps(content).encode())
+        if not is_url(self.where):
+            # Of writers that were killed.
+            for path in {"", "labels", *known}:
+                for left in Path(self.where, path).glob(".*.part"):
+                    left.unlink(missing_ok=True)
 
     def describe(self, images: Sequence[_Image]) -> None:
         """Write the metadata, leaving what others have added to it."""

@@ -314,6 +314,38 @@ def test_replacing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(zarr.open_array(path / "0", mode="r")[:], VOLUME * 2)
 
 
+def test_what_is_being_written_is_not_replaced(tmp_path: Path) -> None:
+    """Neither carried on nor removed under the one who writes it, whatever array that is at."""
+    refused = []
+
+    def try_the_same(block: ci.Block) -> None:
+        block.data[...] = 7
+        if block.index == 0:
+            for overwrite in (False, True):
+                with pytest.raises(FileExistsError, match="another run works on") as error:
+                    quiet(VOLUME, tmp_path / "a.zarr", overwrite=overwrite)
+                refused.append(error)
+
+    grid = ci.CellGrid(VOLUME.shape, (4, 8, 8))
+    image = ci.fill_cells(try_the_same, grid, dtype="u2", version="1")
+    labels = {"x": ci.fill_cells(try_the_same, grid, dtype="u2", version="1")}
+    report = quiet(image, tmp_path / "a.zarr", labels=labels)
+    assert report.ok, report
+    assert len(refused) == 4
+    assert np.all(zarr.open_array(tmp_path / "a.zarr/0", mode="r")[:] == 7)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    quiet(VOLUME, path, labels={"x": VOLUME}, levels=1)
+    left = [path / name for name in ("", "labels", "labels/x")]
+    left = [folder / f".zarr.json.{'0' * 32}.part" for folder in left]
+    for file in left:
+        file.write_text("{")
+    quiet(VOLUME, path, levels=1)
+    assert not any(file.exists() for file in left)
+
+
 def test_notes_of_a_group_that_was_removed(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     made = Doubled()
