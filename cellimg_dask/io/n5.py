@@ -55,8 +55,14 @@ class N5Array(FileArray):
     def _now(self) -> Any:
         """Return tensorstore's array, of a place of its own where the files must be fetched."""
         with self._lock:
-            # Its threads do not survive a fork.
-            if self._opened_in != os.getpid():
+            if self._opened_in not in (None, os.getpid()):
+                # Its threads do not survive a fork: it would end the process.
+                raise OSError(
+                    f"{self._location.url} was read before this process was forked, and "
+                    f"tensorstore cannot go on here: start processes with the method spawn or "
+                    f"forkserver"
+                )
+            if self._opened_in is None:
                 place = {"driver": "memory"}
                 if self._location.is_local:
                     place = {"driver": "file", "path": str(self._location.path / self._name)}
@@ -157,8 +163,10 @@ def find_n5(location: Location, name: str | None) -> Found:
     names = _images(location, path)
     if name is not None and not names:
         choose(location, name, _images(location, ""), "N5")
-    chosen = choose(location.below(path), None, names, "N5")
-    return find_n5(location, joined(path, chosen))
+    if not names:
+        choose(location.below(path), None, names, "N5")
+    chosen = choose(location, None, [joined(path, each) for each in names], "N5")
+    return find_n5(location, chosen)
 
 
 def _found(

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, SupportsIndex
 
+from cellimg_dask.batch.apart import check_apart
 from cellimg_dask.batch.filling import Filling, alone, prepare, reader_of
 from cellimg_dask.batch.folder import is_url, open_folder
 from cellimg_dask.batch.lock import RunLock
@@ -155,8 +157,9 @@ timeout_s
     FileExistsError
         If something else is at the path, or it is not to be carried on.
     TypeError, ValueError
-        If an argument is wrong, or OME-Zarr has no such image: it has two to five axes, time
-        before channel before two or three in space.
+        If an argument is wrong, the group holds what an image is computed from and is to be
+        replaced, or OME-Zarr has no such image: it has two to five axes, time before channel
+        before two or three in space.
     MemoryError, NoWorkersError
         As in `run`.
 
@@ -198,6 +201,9 @@ timeout_s
         timeout_s=timeout_s,
         progress=progress,
     )
+    for image in images:
+        for place in [where] if overwrite else [f"{where}/{place}" for place in image.places]:
+            check_apart(image.levels, place)
     group = _Group(where, version)
     report = OmeZarrReport(where)
     with group.lock():
@@ -250,6 +256,8 @@ class _Image:
         what = path or "the image"
         for image in images:
             _check_axes(image.space.named, what)
+        for number, (finer, image) in enumerate(pairwise(images), 1):
+            _check_level(finer, image, f"level {number} of {what}")
         if kind == "labels" and images[0].dtype.kind not in "iu":
             raise TypeError(f"{what}: labels must be integers, got {images[0].dtype}")
         # All of one moment.
@@ -452,6 +460,23 @@ def _check_axes(space: Space, what: str) -> None:
             f"{what} has axes {', '.join(names) or 'none'}; OME-Zarr has two to five, t before c "
             f"before two or three in space: name them by with_space(axes=…), or write a zarr array "
             f"by run"
+        )
+
+
+def _check_level(finer: CellImg, image: CellImg, what: str) -> None:
+    """Refuse what OME-Zarr's readers do not take for the same image in a smaller size."""
+    if image.dtype != finer.dtype:
+        raise TypeError(f"{what} has dtype {image.dtype}, the finer one {finer.dtype}")
+    names = [space.axes for space in (finer.space, image.space) if space.axes is not None]
+    if image.ndim != finer.ndim or len(set(names)) > 1:
+        raise ValueError(
+            f"{what} has axes {', '.join(image.space.named.axes or ())}, the finer one "
+            f"{', '.join(finer.space.named.axes or ())}"
+        )
+    if any(less > size for less, size in zip(image.shape, finer.shape, strict=True)):
+        raise ValueError(
+            f"{what} has shape {image.shape}, which is larger than {finer.shape}: the finest "
+            f"level comes first"
         )
 
 

@@ -144,10 +144,20 @@ def test_what_is_in_an_n5_container_is_listed(tmp_path, volume):
         open_image(root)
     with pytest.raises(ValueError, match=r"no image 'c'.*a/labels, a/raw, b"):
         open_image(root, name="c")
-    with pytest.raises(ValueError, match="labels, raw; "):
+    with pytest.raises(ValueError, match=r"a/labels, a/raw; .*name='a/labels'"):
         open_image(root, name="a")
     assert [item.name for item in list_images(root)] == ["a/labels", "a/raw", "b"]
     assert fingerprint(root) == before
+
+
+def test_n5_that_was_read_before_a_fork(files, volume):
+    """tensorstore would end the process that was forked."""
+    image = open_image(files["bare.n5"])
+    np.testing.assert_array_equal(image, volume)
+    array = pickle.loads(pickle.dumps(image.array))
+    array._opened_in = -1
+    with pytest.raises(OSError, match=r"before this process was forked.*spawn"):
+        array[0:1, 0:1, 0:1]
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,17 @@ def test_file_urls_are_paths(files, volume):
         np.testing.assert_array_equal(image, volume)
 
 
+def test_homes_and_colons_in_paths(tmp_path, volume, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save("a::b.npy", volume)
+    np.save("a.npy", volume)
+    for place in ("a::b.npy", tmp_path / "a::b.npy", "~/a.npy"):
+        np.testing.assert_array_equal(open_image(place), volume)
+    assert ci.run(ci.map_cells(np.negative, volume), "~/out.zarr", progress=False).ok
+    assert open_image("~/out.zarr").url == str(tmp_path / "out.zarr")
+
+
 # ---------------------------------------------------------------------- faults
 
 

@@ -335,6 +335,27 @@ def test_what_is_being_written_is_not_replaced(tmp_path: Path) -> None:
     assert np.all(zarr.open_array(tmp_path / "a.zarr/0", mode="r")[:] == 7)
 
 
+@pytest.mark.parametrize("place", ["a.zarr", "memory://cellimg-apart"])
+def test_what_is_read_is_not_written_over(tmp_path: Path, place: str) -> None:
+    path = place if "://" in place else str(tmp_path / place)
+    quiet(VOLUME, path)
+    negative = ci.map_cells(np.negative, ci.open_image(path))
+    for values, settings_of in (
+        (negative, {"overwrite": True}),
+        (negative, {}),
+        (VOLUME, {"labels": {"n": negative}, "overwrite": True}),
+    ):
+        with pytest.raises(ValueError, match=r"because the image is computed from .*give another"):
+            quiet(values, path, **settings_of)
+    with pytest.raises(ValueError, match="because the image is computed from"):
+        ci.run(negative, f"{path}/0", overwrite=True, progress=False)
+    np.testing.assert_array_equal(ci.open_image(path), VOLUME)
+    # Beside it is something else.
+    if "://" not in path:
+        assert quiet(VOLUME, path, labels={"n": negative}).ok
+        assert ci.run(negative, f"{path}2", progress=False).ok
+
+
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     quiet(VOLUME, path, labels={"x": VOLUME}, levels=1)
@@ -391,6 +412,14 @@ def test_what_is_somebody_else_s_stays(tmp_path: Path) -> None:
             ValueError,
             "axes y, c, x; .* t before c",
         ),
+        (
+            [VOLUME, VOLUME[::2].astype("f4")],
+            {},
+            TypeError,
+            "level 1 of the image has dtype float32",
+        ),
+        ([VOLUME[::2], VOLUME], {}, ValueError, r"larger than \(5, 21, 30\): the finest"),
+        ([VOLUME, VOLUME[0]], {}, ValueError, "has axes y, x, the finer one z, y, x"),
         (VOLUME, {"version": "0.3"}, ValueError, 'version must be "0.5" or "0.4"'),
         (VOLUME, {"labels": [VOLUME]}, TypeError, "labels must map names"),
         (VOLUME, {"labels": {"a/b": VOLUME}}, ValueError, "names that can be those of folders"),
