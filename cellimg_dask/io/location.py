@@ -176,6 +176,12 @@ class Location:
         names = (item["name"].rstrip("/") for item in found if item["type"] == "directory")
         return sorted({name.rpartition("/")[2] for name in names} - {""})
 
+    def names(self) -> list[str]:
+        """Return the names of the files and folders in this archive, sorted."""
+        system, path = self.filesystem()
+        found = system.ls(path, detail=False)
+        return sorted({name.rstrip("/").rpartition("/")[2] for name in found} - {""})
+
     def nbytes(self, name: str = "") -> int | None:
         """Return the bytes of a file or of all files below a folder; None where unknown."""
         if self.is_local:

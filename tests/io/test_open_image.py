@@ -404,6 +404,18 @@ def test_inside_a_zip(files, name, volume, tmp_path):
     assert fingerprint(tmp_path) == before
 
 
+def test_a_folder_inside_a_zip(files, volume, tmp_path):
+    """As one packs it: the folder itself, or several."""
+    made = shutil.make_archive(str(tmp_path / "a"), "zip", files["v3.zarr"].parent, "v3.zarr")
+    for place, name in ((made, None), (made, "v3.zarr"), (made + "/v3.zarr", None)):
+        image = open_image(place, name=name)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(image)), volume)
+    np.savez(tmp_path / "a.npz", raw=volume, labels=volume[0])
+    with pytest.raises(ValueError, match=r"an archive, of: labels\.npy, raw\.npy; say which"):
+        open_image(tmp_path / "a.npz")
+    np.testing.assert_array_equal(open_image(tmp_path / "a.npz", name="raw.npy"), volume)
+
+
 def test_a_slash_at_the_end_makes_no_difference(files, volume, http_server):
     url, _ = http_server(files["ome-0.5.zarr"].parent)
     with open_image(f"{url}/ome-0.5.zarr/") as image:
