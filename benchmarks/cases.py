@@ -44,6 +44,9 @@ MODULES = {
     "env_start": "environments",
     "tiny_blocks": "environments",
     "one_large_block": "environments",
+    "served": "serving",
+    "one_cell": "serving",
+    "in_process": "serving",
 }
 
 

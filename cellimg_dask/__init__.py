@@ -73,6 +73,11 @@ from cellimg_dask.queues.rules import BlockUpdate
 from cellimg_dask.schemas.block_schema import BlockSchema
 from cellimg_dask.schemas.describe import describe
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
+from cellimg_dask.viewer.landmarks import Landmarks
+from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.viewer.painting import Brush
+from cellimg_dask.viewer.serving import Server, asgi_app, serve
+from cellimg_dask.viewer.view import View, view
 
 __all__ = [
     "Affine",
@@ -84,6 +89,7 @@ __all__ = [
     "BlockSchema",
     "BlockTimeoutError",
     "BlockUpdate",
+    "Brush",
     "CacheStats",
     "Cell",
     "CellCache",
@@ -98,6 +104,8 @@ __all__ = [
     "InitError",
     "Input",
     "LabelImg",
+    "Landmarks",
+    "Layer",
     "ListedArray",
     "Mesh",
     "NamedFunction",
@@ -115,6 +123,7 @@ __all__ = [
     "Roi",
     "RunReport",
     "SaveError",
+    "Server",
     "Source",
     "SourceChangedError",
     "Space",
@@ -122,8 +131,10 @@ __all__ = [
     "StoredImage",
     "TargetInUseError",
     "ThinPlateSpline",
+    "View",
     "Worker",
     "WorkerDiedError",
+    "asgi_app",
     "blob_dog",
     "blob_log",
     "describe",
@@ -150,6 +161,7 @@ __all__ = [
     "region_table",
     "run",
     "segment",
+    "serve",
     "set_cache",
     "shared",
     "split_stack",
@@ -157,6 +169,7 @@ __all__ = [
     "statistics",
     "stats",
     "stitch",
+    "view",
     "warp",
     "write_ome_zarr",
 ]

@@ -15,8 +15,22 @@ pytest.importorskip("scipy")
 pytest.importorskip("distributed")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {"core": "abcdefgh", "queue": "abcde", "change": "abcde", "objects": "abcd", "env": "abc"}
-WITH_GOALS = {"core": "abcdefgh", "queue": "abde", "change": "abce", "objects": "abd", "env": "bc"}
+ROWS = {
+    "core": "abcdefgh",
+    "queue": "abcde",
+    "change": "abcde",
+    "objects": "abcd",
+    "env": "abc",
+    "serve": "abcd",
+}
+WITH_GOALS = {
+    "core": "abcdefgh",
+    "queue": "abde",
+    "change": "abce",
+    "objects": "abd",
+    "env": "bc",
+    "serve": "ac",
+}
 
 
 def run_benchmark(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -92,3 +106,9 @@ def test_a_quick_run_of_objects_counts_few_tasks(tmp_path: Path) -> None:
 
 def test_a_quick_run_of_other_environments(tmp_path: Path) -> None:
     quick_run("env", tmp_path / "values.json")
+
+
+def test_a_quick_run_of_the_server_computes_a_cell_once_for_all(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    written = quick_run("serve", tmp_path / "values.json")
+    assert written["c"][0]["median"] == 1

@@ -175,6 +175,8 @@ HEAVY = [
     "skimage",
     "tifffile",
     "neuroglancer",
+    "uvicorn",
+    "httptools",
     "appose",
     "matplotlib",
     "imageio",

@@ -58,6 +58,29 @@ class InputSpec(SpecModel):
     """Its own boundary; default: the stage's."""
     version: str | None = None
     """Stands for its content; default: size and time of change of the files."""
+    axes: str | list[str] | None = None
+    """Names of its axes, such as zyx; default: those that the file says."""
+    units: str | list[str | None] | None = None
+    """Unit of its axes, such as um."""
+    scale: Size | list[Size] | None = None
+    """Distance between neighbouring voxels, in the unit, a number or one for each axis."""
+    translation: float | list[float] | None = None
+    """Where the centre of its first voxel lies, in the unit, a number or one for each axis."""
+
+
+class OmeZarrSpec(SpecModel):
+    """How OME-Zarr is written."""
+
+    levels: Positive | None = None
+    """How many, that of the image included; default: until it fits into one cell."""
+    factors: Positive | list[Positive] | None = None
+    """By how much each level is smaller than the one below; default: 2 along axes in space."""
+    method: Literal["mean", "mode", "nearest"] | None = None
+    """What a voxel is made of; default: the mean of images, the most frequent of labels."""
+    version: Literal["0.4", "0.5"] = "0.5"
+    """Of OME-Zarr."""
+    name: str | None = None
+    """Of the image; default: that of the file."""
 
 
 class Settings(SpecModel):
@@ -102,7 +125,7 @@ class Stage(Settings):
     makes: ClassVar[Literal["image", "table"]] = "image"
 
     target: str | None = None
-    """Path or URL of the zarr array to write."""
+    """Path or URL of the zarr array to write; one that ends with .ome.zarr is OME-Zarr."""
     compressor: str = "zstd"
     """How the target is compressed."""
     level: int | None = None
@@ -177,10 +200,24 @@ class _Voxels(_FromBlocks):
     """Shape of the target's chunks, a number or one for each axis, from 1; default: cells."""
     sharded: bool | None = None
     """Whether the chunks of a cell are one object."""
+    ome_zarr: OmeZarrSpec = OmeZarrSpec()
+    """How OME-Zarr is written: levels, factors, version, name."""
+
+    @property
+    def is_ome_zarr(self) -> bool:
+        """Whether the target is an image in OME-Zarr, and not an array."""
+        return self.target is not None and self.target.rstrip("/").endswith(".ome.zarr")
+
+    @model_validator(mode="after")
+    def _for_ome_zarr(self) -> _Voxels:
+        if self.ome_zarr != OmeZarrSpec() and not self.is_ome_zarr:
+            raise ValueError("ome_zarr is for targets that end with .ome.zarr")
+        return self
 
     def run_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `run`."""
-        return super().run_arguments() | {"chunks": self.chunks, "sharded": self.sharded}
+        """Return the keyword arguments of `run`, or of `write_ome_zarr`."""
+        more = self.ome_zarr.model_dump() if self.is_ome_zarr else {}
+        return super().run_arguments() | {"chunks": self.chunks, "sharded": self.sharded} | more
 
 
 class ImageStage(_Voxels):

@@ -251,14 +251,23 @@ class Planner:
             found[number][axis] = window
         mapped = []
         for number in self._mapped:
-            item = self.inputs[number]
             mapped.append(self._mapped_roi(number, start, stop))
-            grown = mapped[-1].grow(item.halo)
-            found[number] = [
-                axis_window(low, high, extent, item.boundary)
-                for low, high, extent in zip(grown.start, grown.stop, item.shape, strict=True)
-            ]
+            found[number] = list(self._windows_around(number, mapped[-1]))
         return tuple(tuple(windows) for windows in found), mapped  # type: ignore[arg-type]
+
+    def windows_of(
+        self, number: int, start: tuple[int, ...], stop: tuple[int, ...]
+    ) -> tuple[AxisWindow, ...]:
+        """Return what a region reads of an input with an index map."""
+        return self._windows_around(number, self._mapped_roi(number, start, stop))
+
+    def _windows_around(self, number: int, roi: Roi) -> tuple[AxisWindow, ...]:
+        item = self.inputs[number]
+        grown = roi.grow(item.halo)
+        return tuple(
+            axis_window(low, high, extent, item.boundary)
+            for low, high, extent in zip(grown.start, grown.stop, item.shape, strict=True)
+        )
 
     def _mapped_roi(self, number: int, start: tuple[int, ...], stop: tuple[int, ...]) -> Roi:
         item = self.inputs[number]

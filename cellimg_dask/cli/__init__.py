@@ -1,4 +1,4 @@
-"""The command line: ``cellimg demo``, ``info``, ``run``, ``share``, ``worker`` and others.
+"""The command line: ``cellimg demo``, ``info``, ``view``, ``run``, ``share`` and others.
 
 Floor 6: it may use everything. What a command needs is imported when that command runs, so that
 ``cellimg --help`` is quick and the packages of the extras stay optional.
@@ -11,6 +11,7 @@ import click
 from cellimg_dask.cli.demo import demo
 from cellimg_dask.cli.info import info
 from cellimg_dask.cli.run import plan, run, status
+from cellimg_dask.cli.seeing import serve, view
 from cellimg_dask.cli.share import share, shared
 from cellimg_dask.cli.worker import worker
 
@@ -23,5 +24,5 @@ def main() -> None:
     """Run NumPy functions block by block over images larger than memory, lazily."""
 
 
-for command in (demo, info, run, plan, status, share, shared, worker):
+for command in (demo, info, view, serve, run, plan, status, share, shared, worker):
     main.add_command(command)

@@ -50,8 +50,20 @@ _PREVIEW_EDGE = 2000
     help="Edge of a cell in voxels.  [default: 128, or 64 where there are more than two axes; "
     "doubled for large images]",
 )
+@click.option(
+    "--view", "look", is_flag=True, help="Then look at both stages in the browser, lazily."
+)
+@click.option("--no-browser", is_flag=True, help="With --view: only print the address.")
 @click.pass_context
-def demo(context: click.Context, image: Path | None, out: Path, cell: int | None) -> None:
+def demo(
+    context: click.Context,
+    image: Path | None,
+    out: Path,
+    cell: int | None,
+    *,
+    look: bool,
+    no_browser: bool,
+) -> None:
     """Filter IMAGE lazily in two stages and compare with SciPy on the whole image.
 
     IMAGE is a TIFF (stacks too), PNG, JPEG, .npy or HDF5 file or a folder with a zarr array or
@@ -60,15 +72,20 @@ def demo(context: click.Context, image: Path | None, out: Path, cell: int | None
 
     One region is read first, which computes only the cells that it needs; then the rest, into a
     zarr array in the folder --out, beside a picture of it all. The exit code is 1 if the result
-    differs from SciPy's.
+    differs from SciPy's. With --view the same stages, not computed yet, are shown in the browser
+    until that is interrupted: what is looked at is computed.
     """
     for module in ("scipy.ndimage", "matplotlib", "imageio"):
         require(module, "demo")
+    if look:
+        require("neuroglancer", "view")
     with _opened(image) as (label, stored):
         task = _plan(label, stored, cell)
         _prepare(out, image)
         try:
             equal = _run(task, out)
+            if look and equal:
+                _look(task, open_browser=not no_browser)
         except ci.CellimgError as error:
             raise click.ClickException(str(error)) from error
     if not equal:
@@ -237,18 +254,7 @@ def _run(task: _Task, out: Path) -> bool:
     except Exception as error:
         raise click.ClickException(f"cannot decode {task.label}: {reason(error)}") from error
     cache = ci.CellCache(ci.get_cache().max_bytes)
-    gray: Any = source
-    if task.colour is not None:
-        gray = ci.map_cells(
-            luminance,
-            source,
-            dtype=np.float32,
-            drop_axis=task.colour,
-            cell_shape=task.cells,
-            params={"axis": task.colour},
-            cache=cache,
-        )
-    first, second = pipeline.lazy(gray, task.cells, cache)
+    gray, first, second = _stages(task, source, cache)
     lazy = [image for image in (gray, first, second) if isinstance(image, ci.CellImg)]
     _say_plan(task, second.grid)
 
@@ -296,6 +302,33 @@ def _run(task: _Task, out: Path) -> bool:
     _draw(task, source, gray, (first, second), taken, region, view, out / _PREVIEW)
     _say("Picture", str(out / _PREVIEW))
     return equal
+
+
+def _look(task: _Task, *, open_browser: bool) -> None:
+    """Show the image and both stages in the browser, none of which has been computed."""
+    from cellimg_dask.cli.seeing import look_at
+
+    cache = ci.CellCache(ci.get_cache().max_bytes)
+    gray, first, second = _stages(task, task.stored.read(), cache)
+    flat = second.ndim == 2
+    layers = {"image": gray, _name(first): first, _name(second): second}
+    look_at(layers, layout="xy" if flat else "4panel", open_browser=open_browser)
+
+
+def _stages(task: _Task, source: Any, cache: ci.CellCache) -> tuple[Any, ci.CellImg, ci.CellImg]:
+    """Return the image of one channel, and both stages of the filter, lazily."""
+    gray = source
+    if task.colour is not None:
+        gray = ci.map_cells(
+            luminance,
+            source,
+            dtype=np.float32,
+            drop_axis=task.colour,
+            cell_shape=task.cells,
+            params={"axis": task.colour},
+            cache=cache,
+        )
+    return gray, *task.pipeline.lazy(gray, task.cells, cache)
 
 
 def _held(image: ci.CellImg, view: ci.Roi) -> NDArray[np.bool_]:

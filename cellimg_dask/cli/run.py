@@ -112,20 +112,22 @@ def _check_params(path: Path, names: list[str], stages: Stages, now: Callable[[s
 
 def _run_stage(
     spec: Spec, stages: Stages, name: str, folder: Path, *, overwrite: bool, progress: bool
-) -> ci.RunReport:
+) -> ci.RunReport | ci.OmeZarrReport:
     import cellimg_dask as ci
 
     stage = spec.stages[name]
     assert stage.target is not None
     image = stages.make(name)
     write_resolved(spec, name, folder, replace=False)
-    report = ci.run(
-        image,
-        place_of(stage.target, folder),
-        overwrite=overwrite,
-        progress=(name or True) if progress else False,
-        **stage.run_arguments(),
-    )
+    where, arguments = place_of(stage.target, folder), stage.run_arguments()
+    report: ci.RunReport | ci.OmeZarrReport
+    if getattr(stage, "is_ome_zarr", False):
+        report = ci.write_ome_zarr(
+            image, where, overwrite=overwrite, progress=progress, **arguments
+        )
+    else:
+        shown = (name or True) if progress else False
+        report = ci.run(image, where, overwrite=overwrite, progress=shown, **arguments)
     write_resolved(spec, name, folder, replace=True)
     return report
 

@@ -28,6 +28,7 @@ from cellimg_dask.blocks.named import NamedFunction
 from cellimg_dask.cli.files import open_file
 from cellimg_dask.cli.require import require
 from cellimg_dask.cli.spec_file import place_of
+from cellimg_dask.image.space_of import space_of
 from cellimg_dask.queues.environments import Env
 from cellimg_dask.schemas.block_schema import BlockSchema
 from cellimg_dask.schemas.describe import describe
@@ -47,12 +48,16 @@ class Stages:
         Where its paths begin.
     start : bool
         Whether workers are started that blocks will run on.
+    lazy : bool
+        Whether a stage reads the cells of those before it as they are computed, and not what
+        they have written.
     """
 
-    def __init__(self, spec: Spec, folder: Path, *, start: bool = True) -> None:
+    def __init__(self, spec: Spec, folder: Path, *, start: bool = True, lazy: bool = False) -> None:
         self._spec = spec
         self._folder = folder
         self._start = start
+        self._lazy = lazy
         self._stack = ExitStack()
         self._made: dict[str, Any] = {}
         self._stored: set[str] = set()
@@ -265,7 +270,11 @@ class Stages:
     def _input(self, item: InputSpec) -> ci.Input:
         array, version = self._array(item)
         return ci.Input(
-            array, halo=item.halo, boundary=item.boundary, version=item.version or version
+            array,
+            halo=item.halo,
+            boundary=item.boundary,
+            version=item.version or version,
+            space=_space(array, item),
         )
 
     def _array(self, item: InputSpec) -> tuple[Any, str | None]:
@@ -274,10 +283,10 @@ class Stages:
             import zarr
 
             above = self._spec.stages[item.path]
-            if above.target is None:
+            if above.target is None or self._lazy:
                 return self.make(item.path), None
             if item.path in self._stored:
-                return zarr.open_array(place_of(above.target, self._folder), mode="r"), None
+                return ci.open_image(place_of(above.target, self._folder)), None
             # It is only to be planned, and would be there.
             lazy = self.make(item.path)
             chunks = tuple(map(min, lazy.cell_shape, (max(n, 1) for n in lazy.shape)))
@@ -314,6 +323,15 @@ _MAKERS: dict[type[Stage], Callable[[Stages, Any], Any]] = {
     PointsStage: Stages._points,
     TableStage: Stages._table,
 }
+
+
+def _space(array: Any, item: InputSpec) -> ci.Space:
+    """Return where the voxels of an input lie: what the spec says, else what the file does."""
+    found = space_of(array)
+    try:
+        return found.replace(item.axes, item.units, item.scale, item.translation)
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(f"{item.path}: {error}") from error
 
 
 def _detector(name: str) -> Callable[..., Any]:

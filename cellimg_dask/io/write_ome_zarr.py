@@ -110,6 +110,8 @@ def write_ome_zarr(
     sharded: bool | None = None,
     compressor: str | None = "zstd",
     level: int | None = None,
+    fill_value: Any = 0,
+    verify: Literal["checksums", "sizes"] = "checksums",
     cells_per_call: int | Sequence[int] | Literal["auto"] | None = None,
     max_memory: int | None = None,
     timeout_s: float = 600.0,
@@ -133,7 +135,8 @@ def write_ome_zarr(
     labels : mapping of str to image, optional
         Labels of objects, by names; each like ``img``. They are written to the group ``labels``.
     levels : int, optional
-        How many, that of the image included; default: until the image fits into one cell.
+        How many, that of the image included; default: until no axis that becomes shorter is
+        longer than the longest edge of a cell.
     factors : optional
         As in `pyramid`; default: 2 along axes in space, 1 along t and c.
     method : {"mean", "mode", "nearest"}, optional
@@ -144,8 +147,8 @@ def write_ome_zarr(
         Of OME-Zarr: 0.5 is written in zarr 3, 0.4 in zarr 2.
     cells_per_call
         As in `run`, for the finest level of ``img``.
-    queue, resume, overwrite, retries, progress, chunks, sharded, compressor, level, max_memory, \
-timeout_s
+    queue, resume, overwrite, retries, progress, chunks, sharded, compressor, level, fill_value, \
+verify, max_memory, timeout_s
         As in `run`.
 
     Returns
@@ -179,6 +182,8 @@ timeout_s
         raise ValueError(f'version must be "0.5" or "0.4", got {version!r}')
     if not isinstance(progress, bool):
         raise TypeError(f"progress must be a bool, got {progress!r}")
+    if verify not in ("checksums", "sizes"):
+        raise ValueError(f'verify must be "checksums" or "sizes", got {verify!r}')
     where = place_of_target(path)
     if name is None:
         name = where.rstrip("/").rpartition("/")[2].partition(".")[0] or "image"
@@ -187,6 +192,7 @@ timeout_s
         "sharded": sharded,
         "compressor": compressor,
         "level": level,
+        "fill_value": fill_value,
         "zarr_format": 2 if version == "0.4" else 3,
     }
     images = [_Image.of("", name, img, None, (levels, factors, method), storing)]
@@ -196,7 +202,7 @@ timeout_s
     filling = Filling(
         queue,
         as_int(retries, "retries", minimum=0),
-        checksums=True,
+        checksums=verify == "checksums",
         max_memory=None if max_memory is None else as_int(max_memory, "max_memory", minimum=1),
         timeout_s=timeout_s,
         progress=progress,
@@ -427,7 +433,9 @@ def _labels_in(attributes: Mapping[str, Any]) -> list[str]:
     return [name for name in found if isinstance(name, str)]
 
 
-def _levels(value: Any, kind: str | None, levels: Any, factors: Any, method: Any) -> list[CellImg]:
+def _levels(
+    value: Any, kind: str | None, levels: Any, factors: Any, method: Any
+) -> Sequence[CellImg]:
     """Return the levels of an image as it was given."""
     if isinstance(value, (Pyramid, list, tuple)):
         for what, given in (("levels", levels), ("factors", factors), ("method", method)):
@@ -443,10 +451,23 @@ def _levels(value: Any, kind: str | None, levels: Any, factors: Any, method: Any
         factors = [
             1 if axis_type(name) in ("time", "channel") else 2 for name in space.named.axes or ()
         ]
-    made: Pyramid = pyramid(
-        value, levels, "labels" if kind else "image", factors=factors, method=method
-    )
-    return list(made)
+    how: Literal["image", "labels"] = "labels" if kind else "image"
+    made: Pyramid = pyramid(value, levels, how, factors=factors, method=method)
+    return list(made) if levels is not None else made.levels[: _enough(made)]
+
+
+def _enough(made: Pyramid) -> int:
+    """Return how many levels there are until the image is small.
+
+    Cells may be flat, those of a stack of planes for instance.
+    """
+    longest = max(made[0].cell_shape, default=1)
+    for number, (image, scale) in enumerate(zip(made, made.scales, strict=True)):
+        coarser = made.scales[min(number + 1, len(made) - 1)]
+        shrinks = [a != b for a, b in zip(scale, coarser, strict=True)]
+        if all(n <= longest for n, becomes in zip(image.shape, shrinks, strict=True) if becomes):
+            return number + 1
+    return len(made)
 
 
 def _check_axes(space: Space, what: str) -> None:

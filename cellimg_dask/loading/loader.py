@@ -416,6 +416,10 @@ class CellLoader:
         """Whether some thread computes a cell at the moment, of this edition or another."""
         return self.shelf.is_loading(index)
 
+    def num_loading(self) -> int:
+        """Return how many cells threads compute at the moment, of this edition or another."""
+        return self.shelf.num_loading()
+
     def forget_elsewhere(self, shelf: Shelf, cells: Collection[int]) -> None:
         """Have those who compute whole cells forget some, that are kept here on ``shelf``."""
         if self._cells is not None:

@@ -94,6 +94,11 @@ class Field:
         return {name: value for name, value in vars(self).items() if name != "_memory"}
 
     @property
+    def is_nested(self) -> bool:
+        """Whether the box of a region is quickly found, and holds the boxes of all its parts."""
+        return isinstance(self.transform, Bounded)
+
+    @property
     def kept(self) -> tuple[int, ...]:
         """Axes of the input that the transform says nothing of."""
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.mapped)

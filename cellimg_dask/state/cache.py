@@ -325,6 +325,10 @@ class Shelf:
         """Whether a thread loads a cell at the moment."""
         return index in self._flights
 
+    def num_loading(self) -> int:
+        """Return how many cells are loaded at the moment."""
+        return len(self._flights)
+
     def get_many(
         self, indices: Iterable[int], edition: int | None = None
     ) -> list[NDArray[Any] | None]:

@@ -36,6 +36,7 @@ from cellimg_dask.state.cells import (
     settled,
     union,
 )
+from cellimg_dask.state.nested import cells_found_from_above
 
 __all__ = [
     "Points",
@@ -121,7 +122,9 @@ def affected_cells(planner: Planner, number: int, change: Touched) -> Cells:
     """Return the cells that read a changed voxel of input ``number``, and no others.
 
     An index map is asked only when the result is asked for a cell, or iterated; where it fails,
-    the cell counts as affected. Where all that is known of the change is a `CellTest`, the result
+    the cell counts as affected. One whose attribute ``is_nested`` is true promises that the box of
+    a region holds those of all its parts: it is asked at once, from large regions to small ones.
+    Where all that is known of the change is a `CellTest`, the result
     is one too.
     """
     grid = planner.grid
@@ -650,8 +653,20 @@ def _ranges(start: _Ints, size: _Ints) -> _Ints:
 
 def _asked(
     planner: Planner, number: int, voxels: Sequence[_Voxels], upstream: CellTest | None
-) -> CellTest:
+) -> CellTest | CellProduct | CellMask | CellList:
     """Return the cells that read some of the voxels or a cell that passes a test."""
+    if upstream is None and getattr(planner.inputs[number].index_map, "is_nested", False):
+
+        def reads(roi: Roi) -> bool:
+            try:
+                windows = planner.windows_of(number, roi.start, roi.stop)
+            except Exception:
+                return True  # As below.
+            return any(part.meets(windows) for part in voxels)
+
+        found = cells_found_from_above(planner.grid, reads)
+        if found is not None:
+            return listed(planner.grid, found)
 
     def test(index: int) -> bool | Iterator[tuple[CellTest, int]]:
         try:

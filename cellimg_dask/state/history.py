@@ -60,3 +60,10 @@ class History:
         if self._lost > since:
             return [None]
         return [cells for number, cells in changes if number > since]
+
+    def changes_since(self, since: int) -> list[tuple[int, Collection[int]]] | None:
+        """Return number and cells of each change after ``since``; None if some are forgotten."""
+        changes = self._changes
+        if self._lost > since:
+            return None
+        return [change for change in changes if change[0] > since]

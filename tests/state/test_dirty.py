@@ -343,6 +343,20 @@ def shifted(offset: Sequence[int]) -> Callable[[ci.Roi], ci.Roi]:
     return lambda roi: roi.shift(offset)
 
 
+class Nested:
+    """An index map that promises that the box of a region holds those of all its parts."""
+
+    is_nested = True
+
+    def __init__(self, index_map: Callable[[ci.Roi], ci.Roi]) -> None:
+        self.index_map = index_map
+        self.calls = 0
+
+    def __call__(self, roi: ci.Roi) -> ci.Roi:
+        self.calls += 1
+        return self.index_map(roi)
+
+
 def transposed(roi: ci.Roi) -> ci.Roi:
     return ci.Roi(roi.start[::-1], roi.stop[::-1])
 
@@ -364,6 +378,8 @@ def mapped(draw: st.DrawFn) -> tuple[Stage, Stage]:
         def index_map(roi: ci.Roi) -> ci.Roi:
             return ci.Roi(tuple(a // 2 for a in roi.start), tuple(-(-b // 2) for b in roi.stop))
 
+    if draw(st.booleans()):
+        index_map = Nested(index_map)
     source = make_source(small, tuple(draw(st.integers(1, n + 1)) for n in small), cache)
     boundary = draw(st.sampled_from(BOUNDARIES))
     halo = draw(halos(small))
@@ -888,6 +904,27 @@ def test_a_chain_above_an_index_map_may_be_deeper_than_the_stack():
     assert list(cells) == [0]
 
 
+def test_a_nested_index_map_is_asked_from_above():
+    index_map = Nested(shifted((3, -5, 0)))
+    grid = ci.CellGrid((1 << 20,) * 3, 64)
+    item = InputPlan(grid.shape, Halo.of(8, 3), "none", None, index_map)
+    change = region_of(ci.Roi((1000, 2000, 3000), (1200, 2001, 3100)))
+    cells = affected_cells(Planner(grid, [item]), 0, change)
+    assert index_map.calls < 800
+    assert not isinstance(cells, CellTest)
+    edited = ci.Roi((1000, 2000, 3000), (1200, 2001, 3100))
+    expected = [
+        cell.index
+        for cell in grid.cells_in(ci.Roi((800, 1800, 2800), (1400, 2200, 3300)))
+        if shifted((3, -5, 0))(cell.roi).grow(ci.Halo.of(8, 3)).intersect(edited).size
+    ]
+    assert list(cells) == sorted(expected)
+    # Of a change of everything only membership is known.
+    everything = affected_cells(Planner(grid, [item]), 0, region_of(ci.Roi.of_shape(grid.shape)))
+    assert 0 in everything
+    assert grid.num_cells - 1 in everything
+
+
 def test_a_cell_whose_index_map_fails_is_affected():
     def index_map(roi: ci.Roi) -> ci.Roi:
         if roi.start == (4,):
@@ -898,6 +935,10 @@ def test_a_cell_whose_index_map_fails_is_affected():
     item = InputPlan((40,), Halo.of(0, 1), "none", None, index_map)
     cells = affected_cells(Planner(grid, [item]), 0, Points(np.array([[20]])))
     assert list(cells) == [1, 5]
+    # One that promises something is not asked for the cell, but for what holds it.
+    nested = InputPlan((40,), Halo.of(0, 1), "none", None, Nested(lambda roi: index_map(None)))
+    every = affected_cells(Planner(grid, [nested]), 0, Points(np.array([[20]])))
+    assert list(every) == list(range(10))
     assert list(affected_cells(linked((40,), (4,), [(1, 0)]), 0, cells)) == [1, 2, 5, 6]
 
 

@@ -1,0 +1,220 @@
+"""What a view shows of its layers: where one looks, how they look, which labels are selected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.viewer.units import factor_of, voxels_at
+
+__all__ = ["Looking", "checked_layout"]
+
+_LAYOUTS = ("4panel", "4panel-alt", "xy", "xz", "yz", "xy-3d", "xz-3d", "yz-3d", "3d")
+
+
+class Looking:
+    """The part of a view that moves and changes looks.
+
+    Notes
+    -----
+    Thread-safe.
+    """
+
+    viewer: Any
+    """The ``neuroglancer.Viewer``, for all that is not offered here."""
+    server: Any
+    """The server of the layers' data."""
+    _given: dict[str, Layer]
+    _scene: Any
+
+    def _check_open(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers by name, as they were given."""
+        return dict(self._given)
+
+    # ------------------------------------------------------------------ where to look
+
+    @property
+    def position(self) -> tuple[float, ...]:
+        """Voxel of the first layer that is in the middle, in the order of its axes."""
+        return self.position_in(next(iter(self._given)))
+
+    @position.setter
+    def position(self, voxel: Sequence[float]) -> None:
+        self.move_to(voxel)
+
+    def position_in(self, name: str, *, in_units: bool = False) -> tuple[float, ...]:
+        """Return which voxel of a layer is in the middle, or where that is in its units."""
+        space = self._shown_layer(name).space
+        state = self.viewer.state
+        shown = state.dimensions
+        at = np.asarray([state.position], float)
+        voxel = voxels_at(space, shown.names, shown.scales, at)[0]
+        if in_units:
+            voxel = np.add(space.translation, np.multiply(space.scale, voxel))
+        # Without what rounding has left of the way there and back.
+        return tuple(round(float(part), 9) for part in voxel)
+
+    def move_to(
+        self, position: Sequence[float], *, layer: str | None = None, in_units: bool = False
+    ) -> None:
+        """Have a place in the middle.
+
+        Parameters
+        ----------
+        position : floats
+            A voxel of a layer, in the order of its axes.
+        layer : str, optional
+            Default: the first.
+        in_units : bool
+            Whether the position is in the layer's units instead.
+        """
+        name = next(iter(self._given)) if layer is None else layer
+        space = self._shown_layer(name).space
+        place = [float(part) for part in position]
+        if len(place) != space.ndim:
+            raise ValueError(
+                f"position must have {space.ndim} numbers, one for each axis of {name!r}, "
+                f"got {len(place)}"
+            )
+        if in_units:
+            place = list(np.divide(np.subtract(place, space.translation), space.scale))
+        with self.viewer.txn() as state:
+            before = state.position
+            state.position = self._scene.place_in(state.dimensions, space, place, before)
+
+    def zoom(self, voxels_per_pixel: float) -> None:
+        """Have so many voxels of the first layer's finest axis in a pixel of the screen."""
+        number = float(voxels_per_pixel)
+        if not number > 0:
+            raise ValueError(f"voxels_per_pixel must be positive, got {voxels_per_pixel}")
+
+        space = self._shown_layer(next(iter(self._given))).space
+        with self.viewer.txn() as state:
+            shown = state.dimensions
+            canonical = min(float(scale) for scale in shown.scales[:3])
+            finest = min(
+                scale * factor_of(unit)[0]
+                for name, unit, scale in zip(
+                    space.named.axes or (), space.units, space.scale, strict=True
+                )
+                if name in shown.names[:3]
+            )
+            state.cross_section_scale = number * finest / canonical
+
+    def show_oblique(self, orientation: Sequence[float]) -> None:
+        """Turn the planes.
+
+        Parameters
+        ----------
+        orientation : 3 or 4 floats
+            The direction that the first panel looks along, in the order of the axes of the first
+            layer that are shown (z, y, x); or a quaternion (x, y, z, w), as neuroglancer has it.
+            ``(1, 0, 0)`` turns back.
+        """
+        numbers = [float(part) for part in orientation]
+        if len(numbers) not in (3, 4) or not np.isfinite(numbers).all() or not any(numbers):
+            raise ValueError(
+                f"orientation must be a direction of 3 numbers or a quaternion of 4, "
+                f"got {orientation!r}"
+            )
+        if len(numbers) == 3:
+            quaternion = self._scene.normal_to_quaternion(numbers[::-1])
+        else:
+            quaternion = list(np.divide(numbers, np.linalg.norm(numbers)))
+        with self.viewer.txn() as state:
+            state.cross_section_orientation = quaternion
+
+    def layout(self, name: str) -> None:
+        """Choose the panels: "4panel", "xy", "xz", "yz", "xy-3d", "3d" and so on."""
+        with self.viewer.txn() as state:
+            state.layout = checked_layout(name)
+
+    # ------------------------------------------------------------------ looks
+
+    def show(
+        self,
+        name: str,
+        *,
+        visible: bool | None = None,
+        opacity: float | None = None,
+        contrast: tuple[float, float] | None = None,
+        color: str | tuple[float, float, float] | None = None,
+    ) -> None:
+        """Change how a layer looks; as for `Layer`.
+
+        Raises
+        ------
+        KeyError
+            If there is no such layer.
+        """
+        layer = self._layer(name)
+        # Checked as those of a layer are.
+        looks = Layer(np.zeros(1, np.uint8), opacity=opacity, contrast=contrast, color=color)
+        with self.viewer.txn() as state:
+            managed = state.layers[name]
+            if visible is not None:
+                managed.visible = bool(visible)
+            if layer.kind == "labels":
+                if contrast is not None:
+                    raise ValueError(f"layer {name!r} shows labels, which have no contrast")
+                if looks.opacity is not None:
+                    managed.layer.selected_alpha = looks.opacity
+                if looks.color is not None:
+                    managed.layer.segment_default_color = looks.color
+                return
+            if looks.opacity is not None:
+                managed.layer.opacity = looks.opacity
+            controls = dict(managed.layer.shader_controls.to_json())
+            if looks.contrast is not None:
+                controls.update(self._scene.contrast_controls(looks.contrast))
+            if looks.color is not None:
+                controls["color"] = looks.color
+                managed.layer.blend = "additive"
+            managed.layer.shader_controls = controls
+
+    def selected(self, name: str) -> list[int]:
+        """Return the labels that are selected in a layer of labels, in ascending order."""
+        self._labels(name)
+        return sorted(int(label) for label in self.viewer.state.layers[name].segments)
+
+    def select(self, name: str, labels: Iterable[int]) -> None:
+        """Select labels, and no others; with none selected all are shown."""
+        self._labels(name)
+        wanted = [int(label) for label in labels]
+        with self.viewer.txn() as state:
+            state.layers[name].segments = wanted
+
+    def _layer(self, name: str) -> Layer:
+        self._check_open()
+        try:
+            return self._given[name]
+        except KeyError:
+            there = ", ".join(map(repr, self._given)) or "none"
+            raise KeyError(f"there is no layer {name!r}; there is {there}") from None
+
+    def _shown_layer(self, name: str) -> Layer:
+        self._layer(name)
+        shown: Layer = self.server.layers[name]
+        return shown
+
+    def _labels(self, name: str) -> Layer:
+        layer = self._layer(name)
+        if layer.kind != "labels":
+            raise ValueError(
+                f'layer {name!r} shows values; to select labels give Layer(image, kind="labels")'
+            )
+        return layer
+
+
+def checked_layout(name: Any) -> str:
+    """Return the name of an arrangement of panels, if there is such a one."""
+    if name not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}, got {name!r}")
+    return str(name)

@@ -1,0 +1,430 @@
+"""Views without a browser: what the page is told, and what it says."""
+
+from __future__ import annotations
+
+import gc
+import http.client
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from support import until
+
+import cellimg_dask as ci
+from cellimg_dask.viewer.contrast import range_of
+from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.viewer.scene import as_shown, dimensions, normal_to_quaternion
+from cellimg_dask.viewer.view import View, view
+
+MICRO = 1e-6
+
+
+def lazy(shape: tuple[int, ...] = (8, 20, 30), dtype: str = "u1", **space: Any) -> ci.CellImg:
+    image = ci.map_cells(np.copy, np.zeros(shape, dtype), dtype=dtype, cell_shape=10)
+    return image.with_space(**space) if space else image
+
+
+@pytest.fixture
+def shown() -> Iterator[View]:
+    layers = {
+        "raw": lazy(axes="zyx", units="um", scale=(2, 0.5, 0.5), translation=(100, 0, 0)),
+        "labels": Layer(np.zeros((8, 20, 30), "i4"), kind="labels"),
+    }
+    with view(layers) as made:
+        yield made
+
+
+class Page:
+    """What a browser would do."""
+
+    def __init__(self, shown: View) -> None:
+        parts = urlsplit(shown.url)
+        self.path = parts.path
+        self.connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+
+    def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        where = path if path.startswith("/") else self.path + path
+        self.connection.request("GET" if body is None else "POST", where, body)
+        reply = self.connection.getresponse()
+        return reply.status, reply.read()
+
+    def tell(self, message: Any) -> tuple[int, Any]:
+        status, body = self.ask("@message", json.dumps(message).encode())
+        return status, json.loads(body)
+
+    def facts(self) -> Iterator[dict[str, Any]]:
+        self.connection.request("GET", self.path + "@facts")
+        reply = self.connection.getresponse()
+        for line in reply:
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])
+
+
+@pytest.fixture
+def page() -> Iterator[Callable[[View], Page]]:
+    pages: list[Page] = []
+
+    def begin(shown: View) -> Page:
+        pages.append(Page(shown))
+        return pages[-1]
+
+    yield begin
+    for each in pages:
+        each.connection.close()
+
+
+# ------------------------------------------------------------------ what is shown
+
+
+def test_dimensions_are_metres_and_x_y_z(shown: View) -> None:
+    state = shown.viewer.state
+    assert state.dimensions.names == ("x", "y", "z")
+    assert state.dimensions.units == ("m", "m", "m")
+    np.testing.assert_allclose(state.dimensions.scales, (0.5 * MICRO, 0.5 * MICRO, 2 * MICRO))
+    assert [layer.name for layer in state.layers] == ["raw", "labels"]
+    assert [layer.type for layer in state.layers] == ["image", "segmentation"]
+    for name in shown.layers:
+        url = state.layers[name].source[0].url
+        assert url == f"zarr3://{shown.server.url}/{name}/"
+    # It lies where the first lies, since nobody has said where.
+    assert shown.server.layers["labels"].space == shown.server.layers["raw"].space
+    assert shown.layers["labels"].space.is_plain
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "expected"),
+    [
+        ("f8", "image", "f4"),
+        ("f2", "image", "f4"),
+        ("c16", "image", "f4"),
+        ("?", "image", "u1"),
+        ("i8", "image", "f4"),
+        ("u2", "image", "u2"),
+        ("i4", "labels", "u4"),
+        ("i8", "labels", "u8"),
+        ("?", "labels", "u1"),
+    ],
+)
+def test_dtypes_that_the_viewer_does_not_know(dtype: str, kind: Any, expected: str) -> None:
+    values = np.arange(24).reshape(4, 6).astype(dtype)
+    image = Layer(ci.map_cells(np.copy, values, dtype=dtype, cell_shape=3), kind=kind)
+    converted = as_shown(image).image
+    assert converted.dtype == expected
+    assert converted.cell_shape == (3, 3)
+    if dtype == "c16":
+        values = np.abs(values)
+    np.testing.assert_array_equal(np.asarray(converted), values.astype(expected))
+
+
+def test_images_of_other_axes_are_laid_upon_the_first() -> None:
+    raw = lazy((2, 8, 20, 30), axes="czyx", units="um", scale=(1, 2, 0.5, 0.5))
+    stack, plane = (
+        as_shown(Layer(lazy()), [raw.space]),
+        as_shown(Layer(lazy((20, 30))), [raw.space]),
+    )
+    assert stack.space == raw.space.without([0])
+    assert plane.space == raw.space.without([0, 1])
+    levels = Layer([lazy((8, 20, 30)), lazy((4, 10, 15))])
+    assert as_shown(levels, [raw.space]).spaces[1].scale == (4, 1, 1)
+    other = ci.Space.of(2, ("row", "column"), scale=3)
+    assert as_shown(Layer(lazy((20, 30))), [other]).space == other
+    said = lazy((20, 30), axes="yx", units="mm")
+    assert as_shown(Layer(said), [raw.space]).space == said.space
+
+
+def test_units_that_the_viewer_cannot_read_are_left_out() -> None:
+    space = as_shown(Layer(lazy(units=("um", "pixel", None)))).space
+    assert space.units == ("micrometer", None, None)
+    with pytest.raises(ValueError, match="axis 'x' is measured in m by one layer and in voxels"):
+        dimensions([ci.Space.of(1, "x", units="um"), ci.Space.of(1, "x", scale=2)])
+    found = dimensions([ci.Space.of(3, "tyx", units=("s", "um", "um"), scale=(5, 1, 1))])
+    assert found.names == ("x", "y", "t")
+    assert found.units == ("m", "m", "s")
+    assert dimensions([ci.Space.of(2, ("row", "column"))]).names == ("column", "row")
+
+
+def test_contrast_is_found_and_not_forced() -> None:
+    values = np.arange(2000, dtype="u2").reshape(40, 50)
+    with view({"found": values, "given": Layer(values, contrast=(5, 7)), "flat": 0 * values}) as v:
+
+        def contrast(name: str) -> Any:
+            controls = v.viewer.state.layers[name].layer.shader_controls.to_json()
+            return controls.get("normalized", {}).get("range")
+
+        until(lambda: contrast("found") is not None)
+        low, high = contrast("found")
+        assert 0 <= low < 10
+        assert 1990 < high <= 1999
+        assert contrast("given") == [5, 7]
+        assert contrast("flat") is None
+    assert range_of(np.array([np.nan, 1, 2, np.inf])) is not None
+    assert range_of(np.array([np.nan])) is None
+
+
+def test_looking_for_the_contrast_computes_what_is_seen_first_only() -> None:
+    image = ci.map_cells(np.copy, np.zeros((512, 512), "u1"), dtype="u1", cell_shape=64)
+    with view({"image": image}) as v:
+        until(lambda: image.stats().loads == 1)
+        assert image.peek((3, 3)) is not None
+        assert v.position == (255, 255)
+
+
+def test_work_is_shown_as_layers(page: Any) -> None:
+    with view({"image": lazy()}, work=True) as v:
+        layer = v.viewer.state.layers["work on image"]
+        assert layer.source[0].url == f"zarr3://{v.server.url}/@work/image/"
+        assert set(layer.layer.segment_colors) == {1, 2, 3, 4}
+        v.remove("image")
+        assert [each.name for each in v.viewer.state.layers] == []
+
+
+# ------------------------------------------------------------------ looking
+
+
+def test_places_in_voxels_and_units(shown: View) -> None:
+    assert shown.position == (3, 9, 14)
+    shown.move_to((1, 2, 3))
+    np.testing.assert_allclose(shown.viewer.state.position, (3, 2, 51))
+    assert shown.position_in("labels") == (1, 2, 3)
+    assert shown.position_in("raw", in_units=True) == (102, 1, 1.5)
+    shown.move_to((104, 2, 2), in_units=True, layer="labels")
+    assert shown.position == (2, 4, 4)
+    shown.position = (0, 0, 0)
+    assert shown.position == (0, 0, 0)
+    with pytest.raises(ValueError, match="position must have 3 numbers"):
+        shown.move_to((1, 2))
+    with pytest.raises(KeyError, match="no layer 'other'"):
+        shown.move_to((1, 2, 3), layer="other")
+
+
+def test_zoom_and_planes(shown: View) -> None:
+    shown.zoom(2)
+    assert shown.viewer.state.cross_section_scale == 2
+    with pytest.raises(ValueError, match="voxels_per_pixel must be positive"):
+        shown.zoom(0)
+    shown.show_oblique((0, 0, 0, 2))
+    np.testing.assert_allclose(shown.viewer.state.cross_section_orientation, (0, 0, 0, 1))
+    shown.show_oblique((0, 1, 0))
+    x, y, z, w = shown.viewer.state.cross_section_orientation
+    # The viewer's z axis is turned to y.
+    np.testing.assert_allclose([2 * (x * z + w * y), 2 * (y * z - w * x)], [0, 1], atol=1e-6)
+    for wrong in ((0, 0, 0), (1, 2), (1, np.nan, 0)):
+        with pytest.raises(ValueError, match="orientation must be"):
+            shown.show_oblique(wrong)
+    shown.layout("xy-3d")
+    assert shown.viewer.state.to_json()["layout"] == "xy-3d"
+    with pytest.raises(ValueError, match="layout must be one of"):
+        shown.layout("5panel")
+    assert normal_to_quaternion((0, 0, -3)) == [1, 0, 0, 0]
+
+
+def test_at_first_the_whole_is_seen_but_no_finer_voxels_than_pixels() -> None:
+    with view({"small": lazy((4, 100, 100))}) as v:
+        assert v.viewer.state.cross_section_scale == 0.25
+    huge = ci.fill_cells(lambda block: None, ci.CellGrid((10**5,) * 3, 64), dtype="u1")
+    with view({"huge": Layer(huge, contrast=(0, 1))}) as v:
+        assert v.viewer.state.cross_section_scale == 1
+    levels = [lazy((8, 4000, 4000)), lazy((8, 500, 500))]
+    with view({"levels": Layer(levels, contrast=(0, 1))}) as v:
+        assert v.viewer.state.cross_section_scale == 8
+
+
+def test_looks(shown: View) -> None:
+    shown.show("raw", opacity=0.25, contrast=(3, 9), color="red", visible=False)
+    layer = shown.viewer.state.layers["raw"]
+    assert not layer.visible
+    assert layer.layer.opacity == 0.25
+    controls = layer.layer.shader_controls.to_json()
+    assert controls["normalized"]["range"] == [3, 9]
+    assert controls["color"] == "red"
+    shown.show("labels", opacity=0.75, color="#00ff00")
+    labels = shown.viewer.state.layers["labels"].layer
+    assert labels.selected_alpha == 0.75
+    assert labels.segment_default_color == "#00ff00"
+    with pytest.raises(ValueError, match="labels, which have no contrast"):
+        shown.show("labels", contrast=(0, 1))
+    with pytest.raises(ValueError, match="opacity must be"):
+        shown.show("raw", opacity=2)
+    with pytest.raises(KeyError, match="no layer 'other'"):
+        shown.show("other")
+
+
+def test_selected_labels(shown: View) -> None:
+    assert shown.selected("labels") == []
+    shown.select("labels", [9, 2**40])
+    assert shown.selected("labels") == [9, 2**40]
+    with pytest.raises(ValueError, match='give Layer\\(image, kind="labels"\\)'):
+        shown.selected("raw")
+
+
+def test_layers_come_and_go(shown: View) -> None:
+    shown.add("more", lazy())
+    assert list(shown.layers) == ["raw", "labels", "more"]
+    assert shown.server.layers["more"].space.units == ("micrometer",) * 3
+    with pytest.raises(ValueError, match="there is a layer 'more' already"):
+        shown.add("more", lazy())
+    shown.remove("more")
+    assert "more" not in shown.server.layers
+    assert [layer.name for layer in shown.viewer.state.layers] == ["raw", "labels"]
+    with view() as empty:
+        empty.add("first", lazy((4, 6)))
+        assert empty.position == (1, 2)
+
+
+# ------------------------------------------------------------------ the page
+
+
+def test_the_page_is_neuroglancers_with_a_script_and_asks_nothing_of_the_net(
+    shown: View, page: Any
+) -> None:
+    browser = page(shown)
+    status, html = browser.ask("")
+    assert status == 200
+    assert html.index(b"main.") < html.index(b"@cellimg.js") < html.index(b"</head>")
+    facts = re.search(rb"cellimgFacts = (.*?);</script>", html)
+    assert facts is not None
+    assert json.loads(facts[1])["layers"]["raw"]["edition"] == 0
+    status, script = browser.ask("@cellimg.js")
+    assert status == 200
+    elsewhere = set(re.findall(rb"https?://(?!127.0.0.1:)[^\"'`\s]+", html + script))
+    # A name, which nobody asks for.
+    assert elsewhere == {b"http://www.w3.org/2000/svg"}
+    for wrong in ("/v/other/", "/v/other/@facts", "/v/other/@message", "/v/other/@cellimg.js"):
+        assert browser.ask(wrong)[0] == 404
+    assert browser.ask("/v/other/@message", b"{}")[0] in (404, 405)
+
+
+def test_names_of_layers_cannot_end_the_script(page: Any) -> None:
+    with view({"a<b": lazy()}) as v:
+        _, html = page(v).ask("")
+        assert b"a<b" not in html
+
+
+def test_messages_that_make_no_sense(shown: View, page: Any, caplog: Any) -> None:
+    browser = page(shown)
+    assert browser.ask("@message", b"{")[0] == 400
+    assert browser.ask("@message", b"[1]")[0] == 400
+    status, reply = browser.tell({"kind": "undo"})
+    assert status == 400
+    assert "nothing is painted" in reply["error"]
+    shown.add("painted", ci.Source(np.zeros((8, 20, 30), "u1")))
+    shown.paint("painted")
+    assert browser.tell({"kind": "stroke"})[0] == 400
+    assert browser.tell({"kind": "larger"})[0] == 200
+    assert not caplog.records
+
+
+def test_a_change_is_told_once_for_its_layer_only(page: Any) -> None:
+    source = ci.Source(np.zeros((20, 30), "u1"), cell_shape=10)
+    layers = {"a": ci.map_cells(np.copy, source, dtype="u1"), "b": lazy((20, 30))}
+    with view(layers) as v:
+        facts = page(v).facts()
+        first = next(facts)
+        assert {name: fact["edition"] for name, fact in first["layers"].items()} == {"a": 0, "b": 0}
+        assert first["layers"]["a"]["prefix"] == f"{v.server.url}/a/"
+        until(lambda: v.num_open == 1)
+        source[0, 0] = 1
+        second = next(facts)
+        assert {name: fact["edition"] for name, fact in second["layers"].items()} == {
+            "a": 1,
+            "b": 0,
+        }
+        layers["b"].invalidate()
+        assert next(facts)["layers"]["b"]["edition"] == 1
+        # The state that all pages share is left alone: to set it would draw all layers anew.
+        assert "@edition" not in str(v.viewer.state.to_json())
+    assert list(facts) == []
+
+
+def test_a_burst_of_changes_is_told_as_few(page: Any) -> None:
+    source = ci.Source(np.zeros((20, 30), "u1"), cell_shape=10)
+    with view({"a": source}) as v:
+        facts = page(v).facts()
+        next(facts)
+        for value in range(1, 201):
+            source[0, 0] = value
+        told = [next(facts)["layers"]["a"]["edition"]]
+        while told[-1] < 200:
+            told.append(next(facts)["layers"]["a"]["edition"])
+        assert told[-1] == 200
+        assert told == sorted(set(told))
+
+
+# ------------------------------------------------------------------ beginning and end
+
+
+def test_how_it_says_what_it_is(shown: View) -> None:
+    assert repr(shown) == f"<View {shown.url}: raw, labels>"
+    html = shown._repr_html_()
+    assert f'<iframe src="{shown.url}"' in html
+    assert f'<a href="{shown.url}"' in html
+    assert shown.url.startswith("http://127.0.0.1:")
+    shown.close()
+    shown.close()
+    assert shown.closed
+    assert repr(shown) == "<View closed: raw, labels>"
+    assert "<iframe" not in shown._repr_html_()
+    for use in (
+        lambda: shown.paint("labels"),
+        lambda: shown.landmarks("raw", "labels"),
+        lambda: shown.select("labels", [1]),
+        lambda: shown.add("more", lazy()),
+    ):
+        with pytest.raises(ValueError, match="the view is closed"):
+            use()
+
+
+def test_nothing_is_left(footprint: Any) -> None:
+    with view({"image": lazy()}):
+        pass
+    before = footprint()
+    for _ in range(3):
+        with view({"image": lazy()}) as v:
+            v.viewer.state  # noqa: B018
+    assert footprint() == before
+
+
+def test_a_port_that_is_taken(footprint: Any) -> None:
+    with view({"image": lazy()}) as v:
+        taken = urlsplit(v.url).port
+        before = footprint()
+        with pytest.raises(OSError, match="in use"):
+            view({"image": lazy()}, port=taken)
+        gc.collect()
+        assert footprint() == before
+
+
+def test_wrong_arguments_leave_nothing_behind(footprint: Any) -> None:
+    before = footprint()
+    with pytest.raises(ValueError, match="layout must be one of"):
+        view({"image": lazy()}, layout="nice")
+    with pytest.raises(ValueError, match="measured in"):
+        view({"a": lazy(units="um"), "b": lazy(scale=2)})
+    with pytest.raises((TypeError, ValueError), match="layer 'a'"):
+        view({"a": "image.zarr"})
+    with pytest.raises(PermissionError, match="can be reached by other machines"):
+        view({"image": lazy()}, host="0.0.0.0")
+    assert footprint()["threads"] == before["threads"]
+
+
+def test_without_neuroglancer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("scene", "frame"):
+        monkeypatch.delitem(sys.modules, f"cellimg_dask.viewer.{name}", raising=False)
+    monkeypatch.delattr("cellimg_dask.viewer.scene", raising=False)
+    monkeypatch.delattr("cellimg_dask.viewer.frame", raising=False)
+    monkeypatch.setitem(sys.modules, "neuroglancer", None)
+    with pytest.raises(ImportError, match="pip install 'cellimg-dask\\[view\\]'"):
+        view({"image": lazy()})
+
+
+def test_pictures_without_any_browser(monkeypatch: pytest.MonkeyPatch, shown: View) -> None:
+    monkeypatch.setattr("cellimg_dask.viewer.browser.find_browser", lambda: None)
+    with pytest.raises(FileNotFoundError, match=r"open view\.url in a browser"):
+        shown.screenshot()
+    with pytest.raises((TypeError, ValueError), match="size"):
+        shown.screenshot(size=(0, 10))
