@@ -18,7 +18,7 @@ from cellimg_dask.io.location import Location, UnreadableError
 from cellimg_dask.io.opened import Found, ListedArray, choose, joined
 from cellimg_dask.io.optional import optional
 from cellimg_dask.io.spaces import first_of, numbers, shrunk_to, texts, tolerant_space
-from cellimg_dask.loading.file_array import FileArray, file_state
+from cellimg_dask.loading.file_array import FileArray, check_unchanged, file_state
 
 __all__ = ["N5Array", "find_n5", "list_n5"]
 
@@ -101,6 +101,8 @@ class N5Array(FileArray):
         """Return place, size and time of change of the chunks' files."""
         if not self._location.is_local:
             return None
+        now = _dataset_attributes(self._location, self._name)
+        check_unchanged(self._location.below(self._name).url, self._attributes, now)
         folder = self._location.path.resolve() / self._name
         files = [[name, file_state(folder / name)] for name in self._chunk_names(boxes)]
         return ["N5", str(folder), digest(self._attributes), files]

@@ -22,7 +22,7 @@ from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found, ListedArray, choose
 from cellimg_dask.io.optional import optional
 from cellimg_dask.io.spaces import shrunk_to, tolerant_space
-from cellimg_dask.loading.file_array import FileArray, file_state
+from cellimg_dask.loading.file_array import FileArray, check_unchanged, file_state
 
 __all__ = ["TiffArray", "find_tiff", "list_tiff"]
 
@@ -45,6 +45,7 @@ class _TiffHandle:
         self._opened_in: int | None = None
         self._closing: Any = None
         self._others: tuple[str, ...] = ()
+        self._states: Any = None
         self.is_closed = False
 
     def file(self) -> Any:
@@ -55,6 +56,7 @@ class _TiffHandle:
                 if self.is_closed:
                     raise ValueError(f"{self.location.url} is closed; open it again")
                 tifffile = optional("tifffile", f"reading {self.location.url}")
+                before = self._state_now(())
                 opened = None if self.location.is_local else self.location.open()
                 try:
                     self._file = tifffile.TiffFile(
@@ -68,7 +70,23 @@ class _TiffHandle:
                 self._opened_in = os.getpid()
                 self._closing = weakref.finalize(self, _close, self._file, opened)
                 self._others = _other_files(self._file.ome_metadata or "")
+                self._states = before + self._state_now(self._others)[1:]
             return self._file
+
+    def _state_now(self, others: Sequence[str]) -> list[Any]:
+        """Return size and time of change of the file, and of others with their names."""
+        if not self.location.is_local:
+            return []
+        path = self.location.path.resolve()
+        more = [[[name, file_state(path.parent / name)] for name in others]] if others else []
+        return [file_state(path), *more]
+
+    def states(self) -> list[Any]:
+        """Return size and time of change of all files, which are those that were opened."""
+        others = self.others()
+        now = self._state_now(others)
+        check_unchanged(self.location.url, self._states, now)
+        return now
 
     def others(self) -> tuple[str, ...]:
         """Return the names of the files beside this one that hold planes of its images."""
@@ -142,11 +160,7 @@ class TiffArray(FileArray):
         if not location.is_local:
             return None
         path = location.path.resolve()
-        others = self._handle.others()
-        return [
-            *("TIFF", str(path), self._series, self._level, file_state(path)),
-            *([[[name, file_state(path.parent / name)] for name in others]] if others else ()),
-        ]
+        return ["TIFF", str(path), self._series, self._level, *self._handle.states()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _arrived, (self._handle.location, self._series, self._level)

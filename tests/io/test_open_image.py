@@ -312,6 +312,40 @@ def test_content_keys_follow_the_files(files, name, tmp_path, volume):
     assert key() != before
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("plain.tif", "tiled.tif"),
+        ("contiguous.h5", "image.h5"),
+        ("v3.zarr", "sharded.zarr"),
+        ("bare.n5", "pyramid.n5/raw/s1"),
+    ],
+)
+def test_what_was_replaced_while_it_was_open_is_an_error(files, name, other, tmp_path):
+    """The key would be that of the new file, and the voxels those of the old one."""
+    path, new = tmp_path / "old" / name, files[name].parent / other
+    path.parent.mkdir()
+    copy = shutil.copytree if files[name].is_dir() else shutil.copy2
+    copy(files[name], path)
+    with open_image(path) as image:
+        image[...]
+        negative = ci.map_cells(np.negative, image)
+        path.rename(tmp_path / "away")
+        copy(new, path)
+        report = ci.run(negative, tmp_path / "out.zarr", progress=False, retries=0)
+    assert report.computed == 0
+    assert all("changed since it was opened" in str(error) for error in report.failed.values())
+
+
+def test_an_array_that_grew_is_read_on(tmp_path, volume):
+    array = zarr.create_array(tmp_path / "a.zarr", data=volume, chunks=(2, 16, 16))
+    negative = ci.map_cells(np.negative, open_image(tmp_path / "a.zarr"))
+    array.resize((9, 40, 50))
+    assert ci.run(negative, tmp_path / "out.zarr", progress=False).ok
+    array.resize((3, 40, 50))
+    assert ci.run(negative, tmp_path / "out.zarr", progress=False).failed
+
+
 def test_dask_reads_it_and_names_it_by_its_place(files, name, volume):
     from dask.base import tokenize
 
