@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from cellimg_dask.geometry.integers import as_int
+
 __all__ = ["Space"]
 
 _DEFAULT_AXES = ("t", "c", "z", "y", "x")
@@ -91,6 +93,7 @@ class Space:
         TypeError, ValueError
             If a value does not fit.
         """
+        ndim = as_int(ndim, "ndim", minimum=0)
         names = _names(axes, ndim)
         return cls(
             names,

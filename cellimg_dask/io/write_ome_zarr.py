@@ -6,11 +6,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, SupportsIndex
 
+from cellimg_dask.batch.apart import check_apart
 from cellimg_dask.batch.filling import Filling, alone, prepare, reader_of
-from cellimg_dask.batch.folder import open_folder
+from cellimg_dask.batch.folder import is_url, open_folder
+from cellimg_dask.batch.lock import RunLock
 from cellimg_dask.batch.manifest import run_folder
 from cellimg_dask.batch.passes import reading_instead
 from cellimg_dask.batch.report import RunReport
@@ -156,8 +160,9 @@ verify, max_memory, timeout_s
     FileExistsError
         If something else is at the path, or it is not to be carried on.
     TypeError, ValueError
-        If an argument is wrong, or OME-Zarr has no such image: it has two to five axes, time
-        before channel before two or three in space.
+        If an argument is wrong, the group holds what an image is computed from and is to be
+        replaced, or OME-Zarr has no such image: it has two to five axes, time before channel
+        before two or three in space.
     MemoryError, NoWorkersError
         As in `run`.
 
@@ -202,17 +207,18 @@ verify, max_memory, timeout_s
         timeout_s=timeout_s,
         progress=progress,
     )
+    for image in images:
+        for place in [where] if overwrite else [f"{where}/{place}" for place in image.places]:
+            check_apart(image.levels, place)
     group = _Group(where, version)
-    group.check(images, resume=resume, overwrite=overwrite)
-    for image in images:
-        for place, layout in zip(image.places, image.layouts, strict=True):
-            prepare(
-                layout, f"{where}/{place}", group.beside(place), resume=resume, overwrite=overwrite
-            )
-    group.describe(images)
     report = OmeZarrReport(where)
-    for image in images:
-        image.fill(filling, group, report, None if image.path else cells_per_call)
+    with group.lock():
+        group.check(images, resume=resume, overwrite=overwrite)
+        for image in images:
+            image.prepare(group, resume=resume, overwrite=overwrite)
+        group.describe(images)
+        for image in images:
+            image.fill(filling, group, report, None if image.path else cells_per_call)
     report.seconds = perf_counter() - began
     return report
 
@@ -256,6 +262,8 @@ class _Image:
         what = path or "the image"
         for image in images:
             _check_axes(image.space.named, what)
+        for number, (finer, image) in enumerate(pairwise(images), 1):
+            _check_level(finer, image, f"level {number} of {what}")
         if kind == "labels" and images[0].dtype.kind not in "iu":
             raise TypeError(f"{what}: labels must be integers, got {images[0].dtype}")
         # All of one moment.
@@ -275,6 +283,12 @@ class _Image:
         """Where the levels are, from the group."""
         front = f"{self.path}/" if self.path else ""
         return [f"{front}{number}" for number in range(len(self.levels))]
+
+    def prepare(self, group: _Group, *, resume: bool, overwrite: bool) -> None:
+        """Create the arrays that are not there yet."""
+        for place, layout in zip(self.places, self.layouts, strict=True):
+            where = f"{group.where}/{place}"
+            prepare(layout, where, group.beside(place), resume=resume, overwrite=overwrite)
 
     def fill(
         self, filling: Filling, group: _Group, report: OmeZarrReport, cells_per_call: Any
@@ -310,6 +324,10 @@ class _Group:
         """Return where the markers of an array are."""
         return f"{run_folder(self.where)}/{place}"
 
+    def lock(self) -> RunLock:
+        """Return what is held while the group is written: one at a time may replace it."""
+        return RunLock(self._notes, self.where)
+
     def check(self, images: Sequence[_Image], *, resume: bool, overwrite: bool) -> None:
         """Refuse what is not to be carried on, and note that the group is ours."""
         mark = self._notes.read(_MARK)
@@ -342,12 +360,14 @@ class _Group:
         if overwrite:
             self._remove(noted.get("images", {}))
         kept = {} if overwrite else noted.get("images", {})
-        content = {
-            "schema": _SCHEMA,
-            "version": self.version,
-            "images": kept | {image.path: image.places for image in images},
-        }
+        known = kept | {image.path: image.places for image in images}
+        content = {"schema": _SCHEMA, "version": self.version, "images": known}
         self._notes.write(_MARK, json.dumps(content).encode())
+        if not is_url(self.where):
+            # Of writers that were killed.
+            for path in {"", "labels", *known}:
+                for left in Path(self.where, path).glob(".*.part"):
+                    left.unlink(missing_ok=True)
 
     def describe(self, images: Sequence[_Image]) -> None:
         """Write the metadata, leaving what others have added to it."""
@@ -461,6 +481,23 @@ def _check_axes(space: Space, what: str) -> None:
             f"{what} has axes {', '.join(names) or 'none'}; OME-Zarr has two to five, t before c "
             f"before two or three in space: name them by with_space(axes=…), or write a zarr array "
             f"by run"
+        )
+
+
+def _check_level(finer: CellImg, image: CellImg, what: str) -> None:
+    """Refuse what OME-Zarr's readers do not take for the same image in a smaller size."""
+    if image.dtype != finer.dtype:
+        raise TypeError(f"{what} has dtype {image.dtype}, the finer one {finer.dtype}")
+    names = [space.axes for space in (finer.space, image.space) if space.axes is not None]
+    if image.ndim != finer.ndim or len(set(names)) > 1:
+        raise ValueError(
+            f"{what} has axes {', '.join(image.space.named.axes or ())}, the finer one "
+            f"{', '.join(finer.space.named.axes or ())}"
+        )
+    if any(less > size for less, size in zip(image.shape, finer.shape, strict=True)):
+        raise ValueError(
+            f"{what} has shape {image.shape}, which is larger than {finer.shape}: the finest "
+            f"level comes first"
         )
 
 

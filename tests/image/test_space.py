@@ -143,6 +143,15 @@ def test_there_and_back_through_xarray() -> None:
     assert ci.map_cells(np.negative, labelled[2:, ::2]).scale == (4, 2, 0.5)
 
 
+def test_xarray_in_memory_has_content_that_a_run_compares(tmp_path: Path) -> None:
+    array = xarray.DataArray(np.arange(12).reshape(3, 4), dims=("y", "x"))
+    for value in (1, 2):
+        array[0, 0] = value
+        image = ci.map_cells(np.negative, array, cell_shape=2)
+        assert ci.run(image, tmp_path / "a.zarr", progress=False).computed == (4, 1)[value - 1]
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "a.zarr")[:], -array.values)
+
+
 def test_xarray_of_what_nobody_named() -> None:
     image = ci.map_cells(np.negative, np.zeros((4, 6)), cell_shape=2)
     labelled = image.to_xarray()
