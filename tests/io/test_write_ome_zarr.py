@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import cellimg_dask as ci
-from cellimg_dask.io.write_ome_zarr import written_arrays
+from cellimg_dask.io.ome_group import written_arrays
 
 SPACE = ci.Space.of(3, "zyx", "um", scale=(2, 0.5, 0.5), translation=(0, 10, -5))
 VOLUME = np.random.default_rng(8).integers(0, 1000, (9, 21, 30), "u2")
@@ -154,6 +154,43 @@ def test_labels_that_come_later(tmp_path: Path) -> None:
         f"{path}/{name}"
         for name in ["0", "1", "2", *(f"labels/{x}/{n}" for x in ("one", "two") for n in range(3))]
     ]
+
+
+@VERSIONS
+def test_labels_for_an_image_that_somebody_else_wrote(tmp_path: Path, version: Any) -> None:
+    path = tmp_path / "a.zarr"
+    quiet(Doubled().image(), path, version=version)
+    shutil.rmtree(tmp_path / "a.zarr.run")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    opened = ci.open_image(path)
+    report = quiet(
+        None, path, labels={"bright": ci.label(ci.map_cells(_bright, opened, dtype=bool))}
+    )
+    assert set(report.arrays) == {"labels/bright/0", "labels/bright/1", "labels/bright/2"}
+    assert {file: file.read_bytes() for file in before} == before
+    yaozarrs.validate_zarr_store(str(path))
+    np.testing.assert_array_equal(
+        np.asarray(ci.open_image(path).labels["bright"]) > 0, VOLUME * 2 > 1000
+    )
+    assert quiet(None, path, labels={"other": VOLUME}, overwrite=True).ok
+    assert list(ci.open_image(path).labels) == ["bright", "other"]
+    assert {file: file.read_bytes() for file in before} == before
+    with pytest.raises(FileExistsError, match="leave version out"):
+        quiet(None, path, labels={"x": VOLUME}, version="0.4" if version == "0.5" else "0.5")
+    with pytest.raises(FileExistsError, match="resume=True carries it on"):
+        quiet(None, path, labels={"other": VOLUME}, resume=False)
+
+
+def _bright(block: NDArray[Any]) -> NDArray[np.bool_]:
+    return block > 1000
+
+
+def test_labels_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="give the image as well"):
+        quiet(None, tmp_path / "a.zarr", labels={"x": VOLUME})
+    with pytest.raises(TypeError, match="nothing to write"):
+        quiet(None, tmp_path / "a.zarr")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_change_is_carried_up(tmp_path: Path) -> None:
