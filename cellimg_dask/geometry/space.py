@@ -53,6 +53,8 @@ class Space:
     ('micrometer', 'micrometer', 'micrometer')
     >>> space.shrunk((1, 2, 2)).translation
     (0.0, 0.25, 0.25)
+    >>> print(space)
+    z 2 micrometer, y 0.5 micrometer, x 0.5 micrometer
     """
 
     axes: tuple[str, ...] | None
@@ -124,6 +126,17 @@ class Space:
     def is_plain(self) -> bool:
         """Whether nothing is known: no names, no units, voxels of 1 from the origin."""
         return self == Space.of(self.ndim)
+
+    def __str__(self) -> str:
+        parts = []
+        for axis, (unit, scale, first) in enumerate(
+            zip(self.units, self.scale, self.translation, strict=True)
+        ):
+            words = [] if self.axes is None else [self.axes[axis]]
+            words += [f"{scale:g}"] + ([] if unit is None else [unit])
+            words += [f"from {first:g}"] if first else []
+            parts.append(" ".join(words))
+        return ", ".join(parts)
 
     def replace(
         self, axes: Any = None, units: Any = None, scale: Any = None, translation: Any = None

@@ -107,6 +107,15 @@ def test_with_space_is_the_same_image() -> None:
         image.with_space("yx")  # type: ignore[arg-type]
 
 
+def test_an_image_shows_where_it_lies() -> None:
+    image = ci.map_cells(np.negative, raw(), cell_shape=4)
+    text = "z 4 micrometer from 10, y 1 micrometer, x 0.5 micrometer from -1"
+    assert f"voxels        {text}" in repr(image)
+    assert text in image._repr_html_()
+    assert "voxels" not in repr(image.with_space(ci.Space.of(3)))
+    assert str(ci.Space.of(2)) == "1, 1"
+
+
 def test_a_space_has_to_fit_its_input() -> None:
     with pytest.raises(ValueError, match=r"a space of 3 axes for an array of shape \(4, 6\)"):
         ci.Input(np.zeros((4, 6)), space=SPACE)
