@@ -12,9 +12,22 @@ import pythons
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the notebook that makes an environment where none can be made, and say why."""
-    if item.path.name != "environments.ipynb":
-        return
+    """Skip notebooks that need what is not here, and say why."""
+    if item.path.name in ("viewer.ipynb", "paint_in_viewer.ipynb", "warp.ipynb"):
+        _need_a_browser()
+    if item.path.name == "environments.ipynb":
+        _need_an_environment(item)
+
+
+def _need_a_browser() -> None:
+    from cellimg_dask.viewer.browser import find_browser
+
+    pytest.importorskip("neuroglancer", reason="neuroglancer is not installed")
+    if find_browser() is None:
+        pytest.skip("no Chromium here to draw what the viewer shows: apt install chromium")
+
+
+def _need_an_environment(item: pytest.Item) -> None:
     # It looks for other Pythons where a shell would.
     patch = pytest.MonkeyPatch()
     item.addfinalizer(patch.undo)

@@ -12,6 +12,8 @@ import pytest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 ENVIRONMENTS = README.parent / "docs" / "environments.md"
+VIEWING = README.parent / "docs" / "viewing.md"
+PAGES = [README, ENVIRONMENTS, VIEWING]
 
 
 def python_blocks(page: Path = README) -> list[tuple[int, str]]:
@@ -56,7 +58,11 @@ def test_the_blocks_on_environments_run_in_another_one(other_python, tmp_path, m
     run_blocks(ENVIRONMENTS)
 
 
-@pytest.mark.parametrize("page", [README, ENVIRONMENTS], ids=lambda page: page.name)
+def test_the_blocks_on_viewing_run():
+    run_blocks(VIEWING)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_print_says_what_it_prints(page):
     for line, code in python_blocks(page):
         assert len(promised(code)) == code.count("print("), f"block at line {line}"
@@ -78,7 +84,7 @@ def test_the_set_up_commands_stand_there(command):
     assert f"\n{command}\n" in README.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", [README, ENVIRONMENTS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_files_that_it_links_to_exist(page):
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert links

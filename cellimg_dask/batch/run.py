@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from cellimg_dask.batch.apart import check_apart
 from cellimg_dask.batch.filling import Filling, alone
 from cellimg_dask.batch.folder import is_url
 from cellimg_dask.batch.parquet import TableLayout
@@ -105,6 +106,8 @@ def run(
     ------
     FileExistsError
         If the target exists and is not to be carried on, is something else, or is in use.
+    ValueError
+        If an argument is wrong, or the target is a store that the image is computed from.
     MemoryError
         If the projected memory exceeds ``max_memory``, or the limit of a worker of a cluster.
     NoWorkersError
@@ -152,6 +155,8 @@ def run(
             if value is not None:
                 raise ValueError(f"{name} is for images; a table has one part per cell")
         layout = TableLayout.of(loader.grid, table.make, table.meta, compressor, level)
+    where = place_of_target(target)
+    check_apart([loader], where)
     forget_files(loader)
     filling = Filling(
         queue,
@@ -166,7 +171,7 @@ def run(
         loader,
         TableKeys(keys, layout.content()) if isinstance(layout, TableLayout) else keys,
         layout,
-        place_of_target(target),
+        where,
         resume=resume,
         overwrite=overwrite,
         cells_per_call=cells_per_call,
@@ -204,7 +209,8 @@ def place_of_target(target: str | os.PathLike[str]) -> str:
         from urllib.request import url2pathname
 
         where = url2pathname(urlsplit(where).path)
-    return where if is_url(where) else os.path.abspath(where)  # noqa: PTH100 - stays a string
+    # A string stays one.
+    return where if is_url(where) else os.path.abspath(os.path.expanduser(where))  # noqa: PTH100, PTH111
 
 
 def forget_files(loader: CellLoader) -> None:

@@ -75,7 +75,8 @@ class Layout:
             for chunk, cell, extent in zip(sizes, whole, grid.shape, strict=True)
         )
         for axis, (cell, chunk) in enumerate(zip(whole, sizes, strict=True)):
-            if cell % chunk:
+            # A cell that is alone along an axis shares chunks with no other.
+            if cell % chunk and grid.grid_shape[axis] > 1:
                 raise ValueError(
                     f"chunks[{axis}] = {chunk} does not divide the cell, which has {cell} voxels "
                     f"on axis {axis}: two cells would share a chunk"
@@ -115,14 +116,13 @@ class Layout:
         """Create the array, empty."""
         import zarr
 
-        whole = _cell_extent(self.grid)
         latest = self.zarr_format == 3
         zarr.create_array(
             where,
             shape=self.grid.shape,
             dtype=self.dtype,
             chunks=self.chunks,
-            shards=whole if self.sharded else None,
+            shards=self.shards,
             compressors=(_CODECS if latest else _OLD_CODECS)[self.compressor](self.level),
             fill_value=self.fill_value,
             overwrite=overwrite,
@@ -130,6 +130,14 @@ class Layout:
             chunk_key_encoding={"name": "default" if latest else "v2", "separator": "/"},
             dimension_names=self.axes if latest else None,
         )
+
+    @property
+    def shards(self) -> tuple[int, ...] | None:
+        """Shape of a shard: the chunks of a cell; None where chunks lie by themselves."""
+        if not self.sharded:
+            return None
+        pairs = zip(_cell_extent(self.grid), self.chunks, strict=True)
+        return tuple(-(-cell // chunk) * chunk for cell, chunk in pairs)
 
     @property
     def noun(self) -> str:
@@ -174,13 +182,12 @@ class Layout:
 
     def differences(self, array: Any) -> list[str]:
         """Return in what an existing array differs, as text."""
-        whole = _cell_extent(self.grid)
         expected = {
             "zarr format": (array.metadata.zarr_format, self.zarr_format),
             "shape": (tuple(array.shape), self.grid.shape),
             "dtype": (np.dtype(array.dtype), self.dtype),
             "chunks": (tuple(array.chunks), self.chunks),
-            "shards": (array.shards, whole if self.sharded else None),
+            "shards": (array.shards, self.shards),
         }
         return [f"{k} {a}, expected {b}" for k, (a, b) in expected.items() if a != b]
 

@@ -237,7 +237,7 @@ def status(target: str, quick: bool) -> None:
     TARGET is that of a run, an OME-Zarr image that was written by this library, or a spec, for all
     that it writes. Exit code 0 if every cell is done, else 3.
     """
-    from cellimg_dask.io.write_ome_zarr import written_arrays
+    from cellimg_dask.io.ome_group import written_arrays
 
     if target.endswith((".yaml", ".yml")) and Path(target).is_file():
         path = Path(target)

@@ -128,6 +128,7 @@ def look_at(layers: Mapping[str, Any], *, layout: str, open_browser: bool) -> No
 
 
 def _show(viewer: ci.View, *, open_browser: bool) -> None:
+    click.echo(f"data  {viewer.server.url}")
     click.echo(f"look  {viewer.url}  (until Ctrl-C)")
     if open_browser:
         viewer.open_browser()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from cellimg_dask.geometry.integers import as_int
+
 __all__ = ["Space"]
 
 _DEFAULT_AXES = ("t", "c", "z", "y", "x")
@@ -51,6 +53,8 @@ class Space:
     ('micrometer', 'micrometer', 'micrometer')
     >>> space.shrunk((1, 2, 2)).translation
     (0.0, 0.25, 0.25)
+    >>> print(space)
+    z 2 micrometer, y 0.5 micrometer, x 0.5 micrometer
     """
 
     axes: tuple[str, ...] | None
@@ -91,6 +95,7 @@ class Space:
         TypeError, ValueError
             If a value does not fit.
         """
+        ndim = as_int(ndim, "ndim", minimum=0)
         names = _names(axes, ndim)
         return cls(
             names,
@@ -121,6 +126,17 @@ class Space:
     def is_plain(self) -> bool:
         """Whether nothing is known: no names, no units, voxels of 1 from the origin."""
         return self == Space.of(self.ndim)
+
+    def __str__(self) -> str:
+        parts = []
+        for axis, (unit, scale, first) in enumerate(
+            zip(self.units, self.scale, self.translation, strict=True)
+        ):
+            words = [] if self.axes is None else [self.axes[axis]]
+            words += [f"{scale:g}"] + ([] if unit is None else [unit])
+            words += [f"from {first:g}"] if first else []
+            parts.append(" ".join(words))
+        return ", ".join(parts)
 
     def replace(
         self, axes: Any = None, units: Any = None, scale: Any = None, translation: Any = None

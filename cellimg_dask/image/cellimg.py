@@ -138,10 +138,10 @@ class CellImg(Gridded, Placed, NDArrayOperatorsMixin):
         raise AttributeError(f"a lazy image has no attribute {name!r}{hint}", name=name, obj=self)
 
     def __repr__(self) -> str:
-        return as_text(self.loader)
+        return as_text(self.loader, self._space)
 
     def _repr_html_(self) -> str:
-        return as_html(self.loader)
+        return as_html(self.loader, self._space)
 
     # ------------------------------------------------------------------ reading
 

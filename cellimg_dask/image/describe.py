@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from cellimg_dask.geometry import Halo
+from cellimg_dask.geometry import Halo, Space
 from cellimg_dask.loading.loader import CellLoader
 
 __all__ = ["as_html", "as_text", "halo_text", "size_text"]
@@ -27,7 +27,7 @@ def halo_text(halo: Halo) -> str:
     return widths[0] if len(set(widths)) == 1 else f"({', '.join(widths)})"
 
 
-def _facts(loader: CellLoader) -> dict[str, str]:
+def _facts(loader: CellLoader, space: Space) -> dict[str, str]:
     grid, stats = loader.grid, loader.shelf.stats()
     voxels = 1
     for extent in grid.shape:
@@ -47,6 +47,8 @@ def _facts(loader: CellLoader) -> dict[str, str]:
         "hits / loads": f"{stats.hits:,} / {stats.loads:,}"
         + (f", {stats.errors:,} errors" if stats.errors else ""),
     }
+    if not space.is_plain:
+        facts["voxels"] = str(space)
     if loader.queue is not None:
         facts["queue"] = repr(loader.queue)
     if loader.shelf.cache.disk is not None:
@@ -55,20 +57,20 @@ def _facts(loader: CellLoader) -> dict[str, str]:
     return facts
 
 
-def as_text(loader: CellLoader) -> str:
+def as_text(loader: CellLoader, space: Space) -> str:
     """Return one line for each thing worth knowing."""
-    facts = _facts(loader)
+    facts = _facts(loader, space)
     width = max(map(len, facts))
     lines = [f"  {name:<{width}}  {value}" for name, value in facts.items()]
     return "\n".join(["CellImg", *lines])
 
 
-def as_html(loader: CellLoader) -> str:
+def as_html(loader: CellLoader, space: Space) -> str:
     """Return a table with a picture of the grid."""
     rows = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th>"
         f"<td style='text-align:left'>{escape(value)}</td></tr>"
-        for name, value in _facts(loader).items()
+        for name, value in _facts(loader, space).items()
     )
     return (
         "<table><tr><td><table><thead><tr><th colspan='2' style='text-align:left'>CellImg</th>"

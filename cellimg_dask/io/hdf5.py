@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from cellimg_dask.blocks.plan import Box
 from cellimg_dask.geometry import Space
 from cellimg_dask.image.labelled import even_steps
-from cellimg_dask.io.location import Location
-from cellimg_dask.io.opened import Found, ListedArray, choose
+from cellimg_dask.io.location import Location, UnreadableError
+from cellimg_dask.io.opened import Found, ListedArray, choose, joined
 from cellimg_dask.io.optional import optional
 from cellimg_dask.io.spaces import attributes_space, numbers, tolerant_space
 from cellimg_dask.loading.file_array import FileArray, file_state
@@ -43,6 +43,8 @@ class Hdf5Array(FileArray):
         self.shape = tuple(found.shape)
         self.dtype = _dtype(name, found)
         self.chunks = found.chunks
+        # Perhaps that of another file, which a link leads to.
+        self._holder = found.file.filename
         self.label = f"HDF5 {location.last_name}/{name}"
 
     def __getitem__(self, box: Any) -> NDArray[Any]:
@@ -54,7 +56,7 @@ class Hdf5Array(FileArray):
         if not self._location.is_local:
             return None
         path = self._location.path.resolve()
-        return ["HDF5", str(path), self._name, file_state(path)]
+        return ["HDF5", str(path), self._name, file_state(self._holder)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hdf5Array, (self._location, self._name)
@@ -71,7 +73,13 @@ def _dtype(name: str, item: Any) -> np.dtype[Any]:
 
 def _open(location: Location) -> Any:
     h5py = optional("h5py", f"reading {location.url}")
-    return h5py.File(location.url if location.is_local else location.open(), "r")
+    try:
+        return h5py.File(location.url if location.is_local else location.open(), "r")
+    except BlockingIOError as error:
+        raise UnreadableError(
+            f"{location.url} is open for writing in another program, and HDF5 lets nobody read it "
+            f"until that closes it ({error})"
+        ) from error
 
 
 class _Handle:
@@ -100,10 +108,14 @@ def find_hdf5(location: Location, name: str | None) -> Found:
 
 def _found(location: Location, file: Any, name: str | None) -> Found:
     sets = dict(_datasets(file))
-    if name is not None and name.strip("/") in sets:
-        chosen = name.strip("/")
+    wanted = None if name is None else name.strip("/")
+    # Also by another name, that of a link.
+    meant = None if not wanted else sets.get(wanted, _linked(file, wanted))
+    if wanted and hasattr(meant, "shape"):
+        sets[wanted] = meant
+        chosen = wanted
     else:
-        chosen = choose(location, None if name is None else name.strip("/"), _images(sets), "HDF5")
+        chosen = choose(location, wanted, _images(sets), "HDF5")
     levels = _levels(chosen, sets)
     first = sets[levels[0]]
 
@@ -159,15 +171,36 @@ def list_hdf5(location: Location) -> list[ListedArray]:
 
 
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
+    """Return names and data sets of a file, each once, and those that links to others lead to."""
     h5py = optional("h5py", "reading HDF5")
     found: list[tuple[str, Any]] = []
+    outward: list[str] = []
 
-    def visit(name: str, item: Any) -> None:
+    def visit(above: str, name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.shape is not None:
-            found.append((name, item))
+            found.append((joined(above, name), item))
 
-    file.visititems(visit)
+    def visit_link(name: str, link: Any) -> None:
+        if isinstance(link, h5py.ExternalLink):
+            outward.append(name)
+
+    file.visititems(partial(visit, ""))
+    file.visititems_links(visit_link)
+    for name in outward:
+        item = _linked(file, name)
+        if isinstance(item, h5py.Group):
+            item.visititems(partial(visit, name))
+        else:
+            visit("", name, item)
     return iter(found)
+
+
+def _linked(file: Any, name: str) -> Any:
+    """Return what has a name; None where there is nothing, or a link leads nowhere."""
+    try:
+        return file[name]
+    except (KeyError, OSError):
+        return None
 
 
 def _images(sets: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from cellimg_dask.io.location import Location, UnreadableError, locate
 from cellimg_dask.io.n5 import find_n5, list_n5
 from cellimg_dask.io.opened import Found, ListedArray
 from cellimg_dask.io.plain_files import find_npy, find_picture, list_npy, list_picture
-from cellimg_dask.io.recognize import recognize
+from cellimg_dask.io.recognize import MARKS, recognize
 from cellimg_dask.io.tiff import find_tiff, list_tiff
 from cellimg_dask.io.zarr_read import find_zarr, list_zarr
 
@@ -34,24 +34,43 @@ def list_images(
 
 def found_at(location: Location, name: str | None) -> Found:
     """Return the image at a location; see `open_image`."""
-    location, kind = _recognized(location)
-    return reading(location, kind, lambda: _FINDERS[kind](location, name))
+    place, kind, inside = _recognized(location, name)
+    return reading(place, kind, lambda: _FINDERS[kind](place, inside))
 
 
 def _listed_at(location: Location) -> list[ListedArray]:
-    location, kind = _recognized(location)
+    location, kind, _ = _recognized(location, None)
     listed = reading(location, kind, lambda: _LISTERS[kind](location))
     if not listed:
         raise UnreadableError(f"{location.url} ({kind}) holds no array")
     return listed
 
 
-def _recognized(location: Location) -> tuple[Location, str]:
+def _recognized(location: Location, name: str | None) -> tuple[Location, str, str | None]:
+    """Return where an image is, of which format, and its name from there."""
     kind = recognize(location)
     if kind == "zip":
         # What is in it is reached as by any other URL.
-        return _recognized(Location(f"zip::{location.url}", location.options, is_local=False))
-    return location, kind
+        return _in_archive(Location(f"zip::{location.url}", location.options, is_local=False), name)
+    return location, kind, name
+
+
+def _in_archive(archive: Location, name: str | None) -> tuple[Location, str, str | None]:
+    names = archive.names()
+    if not any(mark in names for mark in MARKS):
+        # As other programs pack a folder: with its name, and what is of no concern.
+        names = [each for each in names if not each.startswith((".", "__"))]
+        first, _, rest = (name or "").partition("/")
+        if first in names or len(names) == 1:
+            inner = archive.below(first if first in names else names[0])
+            return _recognized(inner, (rest or None) if first in names else name)
+    try:
+        return archive, recognize(archive), name
+    except (UnreadableError, FileNotFoundError):
+        listed = ", ".join(names[:20]) or "nothing"
+        raise UnreadableError(
+            f"{archive.url} is an archive, of: {listed}; say which one is meant: name=…"
+        ) from None
 
 
 def reading(location: Location, kind: str, read: Callable[[], T]) -> T:

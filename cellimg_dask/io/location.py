@@ -176,6 +176,12 @@ class Location:
         names = (item["name"].rstrip("/") for item in found if item["type"] == "directory")
         return sorted({name.rpartition("/")[2] for name in names} - {""})
 
+    def names(self) -> list[str]:
+        """Return the names of the files and folders in this archive, sorted."""
+        system, path = self.filesystem()
+        found = system.ls(path, detail=False)
+        return sorted({name.rstrip("/").rpartition("/")[2] for name in found} - {""})
+
     def nbytes(self, name: str = "") -> int | None:
         """Return the bytes of a file or of all files below a folder; None where unknown."""
         if self.is_local:
@@ -212,13 +218,13 @@ def locate(place: Any, options: Mapping[str, Any] | None = None) -> Location:
     Parameters
     ----------
     place : str or path
-        A path, made absolute, or a URL such as ``"https://…"``, ``"s3://…"``, ``"memory://…"``,
-        ``"file://…"`` or ``"zip::https://…"``.
+        A path, made absolute, ``~`` being one's home, or a URL such as ``"https://…"``,
+        ``"s3://…"``, ``"memory://…"``, ``"file://…"`` or ``"zip::https://…"``.
     options : mapping, optional
         For the file system of fsspec.
     """
-    if isinstance(place, os.PathLike):
-        place = os.fspath(place)
+    is_path = isinstance(place, os.PathLike)
+    place = os.fspath(place) if is_path else place
     if not isinstance(place, str):
         hint = "; an array needs no opening" if hasattr(place, "shape") else ""
         raise TypeError(f"expected a path or a URL, got {type(place).__name__}{hint}")
@@ -228,9 +234,12 @@ def locate(place: Any, options: Mapping[str, Any] | None = None) -> Location:
         raise TypeError(f"storage_options must be a mapping, got {type(options).__name__}")
     if place.startswith("file://"):
         place = unquote(urlsplit(place).path)
-    if "://" in place or "::" in place:
+    # Names of files may hold two colons.
+    chained = "::" in place and not is_path and not os.path.lexists(place)
+    if "://" in place or chained:
         return Location(place, options or {}, is_local=False)
-    return Location(os.path.abspath(place), options or {}, is_local=True)  # noqa: PTH100
+    place = os.path.abspath(os.path.expanduser(place))  # noqa: PTH100, PTH111
+    return Location(place, options or {}, is_local=True)
 
 
 def _located(url: str, options: Mapping[str, Any], is_local: bool) -> Location:

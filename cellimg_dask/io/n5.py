@@ -18,7 +18,7 @@ from cellimg_dask.io.location import Location, UnreadableError
 from cellimg_dask.io.opened import Found, ListedArray, choose, joined
 from cellimg_dask.io.optional import optional
 from cellimg_dask.io.spaces import first_of, numbers, shrunk_to, texts, tolerant_space
-from cellimg_dask.loading.file_array import FileArray, file_state
+from cellimg_dask.loading.file_array import FileArray, check_unchanged, file_state
 
 __all__ = ["N5Array", "find_n5", "list_n5"]
 
@@ -55,8 +55,14 @@ class N5Array(FileArray):
     def _now(self) -> Any:
         """Return tensorstore's array, of a place of its own where the files must be fetched."""
         with self._lock:
-            # Its threads do not survive a fork.
-            if self._opened_in != os.getpid():
+            if self._opened_in not in (None, os.getpid()):
+                # Its threads do not survive a fork: it would end the process.
+                raise OSError(
+                    f"{self._location.url} was read before this process was forked, and "
+                    f"tensorstore cannot go on here: start processes with the method spawn or "
+                    f"forkserver"
+                )
+            if self._opened_in is None:
                 place = {"driver": "memory"}
                 if self._location.is_local:
                     place = {"driver": "file", "path": str(self._location.path / self._name)}
@@ -95,6 +101,8 @@ class N5Array(FileArray):
         """Return place, size and time of change of the chunks' files."""
         if not self._location.is_local:
             return None
+        now = _dataset_attributes(self._location, self._name)
+        check_unchanged(self._location.below(self._name).url, self._attributes, now)
         folder = self._location.path.resolve() / self._name
         files = [[name, file_state(folder / name)] for name in self._chunk_names(boxes)]
         return ["N5", str(folder), digest(self._attributes), files]
@@ -157,8 +165,10 @@ def find_n5(location: Location, name: str | None) -> Found:
     names = _images(location, path)
     if name is not None and not names:
         choose(location, name, _images(location, ""), "N5")
-    chosen = choose(location.below(path), None, names, "N5")
-    return find_n5(location, joined(path, chosen))
+    if not names:
+        choose(location.below(path), None, names, "N5")
+    chosen = choose(location, None, [joined(path, each) for each in names], "N5")
+    return find_n5(location, chosen)
 
 
 def _found(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cellimg_dask.io.location import Location, UnreadableError
 
-__all__ = ["KNOWN", "recognize"]
+__all__ = ["KNOWN", "MARKS", "recognize"]
 
 KNOWN = "a TIFF, PNG, JPEG, .npy or HDF5 file, a folder with a zarr array or group, or an N5 folder"
 
@@ -20,12 +20,13 @@ _MAGIC = {
     b"PK\x03\x04": "zip",
 }
 _LONGEST = max(map(len, _MAGIC))
-_MARKS = {
+MARKS = {
     "zarr.json": "zarr",
     ".zarray": "zarr",
     ".zgroup": "zarr",
     "attributes.json": "N5",
 }
+"""Files in a folder that tell its format."""
 _FILE_ENDINGS = (
     ".tif",
     ".tiff",
@@ -81,7 +82,7 @@ def recognize(location: Location) -> str:
 
 
 def _marked(location: Location) -> str | None:
-    for name, kind in _MARKS.items():
+    for name, kind in MARKS.items():
         if location.has(name):
             return kind
     return None

@@ -142,7 +142,7 @@ class StoredImage(StandsFor, Gridded, Placed):
         lines = [f"<StoredImage {where}", f"{self.kind}, {size}, {cells}"]
         space = self.space
         if not space.is_plain:
-            lines.append(_space_text(space))
+            lines.append(f"voxels: {space}")
         if len(self._found.levels) > 1:
             lines.append(f"level {self._level} of {len(self._found.levels)}")
         if self._found.labels:
@@ -270,14 +270,3 @@ def _cell_shape(chunks: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (edge,) * len(shape)
     sizes = (max(size) if isinstance(size, (tuple, list)) else size for size in chunks)
     return tuple(max(1, int(size)) for size in sizes)
-
-
-def _space_text(space: Space) -> str:
-    parts = []
-    for axis in range(space.ndim):
-        name = "" if space.axes is None else f"{space.axes[axis]} "
-        unit = space.units[axis]
-        first = space.translation[axis]
-        text = f"{name}{space.scale[axis]:g}" + (f" {unit}" if unit else "")
-        parts.append(text + (f" from {first:g}" if first else ""))
-    return "voxels: " + ", ".join(parts)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import math
 import os
+import re
 import threading
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +22,7 @@ from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found, ListedArray, choose
 from cellimg_dask.io.optional import optional
 from cellimg_dask.io.spaces import shrunk_to, tolerant_space
-from cellimg_dask.loading.file_array import FileArray, file_state
+from cellimg_dask.loading.file_array import FileArray, check_unchanged, file_state
 
 __all__ = ["TiffArray", "find_tiff", "list_tiff"]
 
@@ -27,6 +30,9 @@ _UNKNOWN_AXES = "iq"
 _UNCOMPRESSED = 1
 _LARGEST_PAGE_BYTES = 32 << 20
 _STRIPS_BYTES = 4 << 20
+_OWN_UUID = re.compile(r"""<(?:\w+:)?OME\s[^>]*?\bUUID=["']([^"']+)""")
+_FILE = re.compile(r"""<(?:\w+:)?UUID\s+FileName=["']([^"']+)["']\s*>\s*([^<\s]*)""")
+"""In OME-XML: which file this is, and which one holds some of the planes."""
 
 
 class _TiffHandle:
@@ -38,6 +44,8 @@ class _TiffHandle:
         self._file: Any = None
         self._opened_in: int | None = None
         self._closing: Any = None
+        self._others: tuple[str, ...] = ()
+        self._states: Any = None
         self.is_closed = False
 
     def file(self) -> Any:
@@ -48,6 +56,7 @@ class _TiffHandle:
                 if self.is_closed:
                     raise ValueError(f"{self.location.url} is closed; open it again")
                 tifffile = optional("tifffile", f"reading {self.location.url}")
+                before = self._state_now(())
                 opened = None if self.location.is_local else self.location.open()
                 try:
                     self._file = tifffile.TiffFile(
@@ -60,7 +69,29 @@ class _TiffHandle:
                     raise
                 self._opened_in = os.getpid()
                 self._closing = weakref.finalize(self, _close, self._file, opened)
+                self._others = _other_files(self._file.ome_metadata or "")
+                self._states = before + self._state_now(self._others)[1:]
             return self._file
+
+    def _state_now(self, others: Sequence[str]) -> list[Any]:
+        """Return size and time of change of the file, and of others with their names."""
+        if not self.location.is_local:
+            return []
+        path = self.location.path.resolve()
+        more = [[[name, file_state(path.parent / name)] for name in others]] if others else []
+        return [file_state(path), *more]
+
+    def states(self) -> list[Any]:
+        """Return size and time of change of all files, which are those that were opened."""
+        others = self.others()
+        now = self._state_now(others)
+        check_unchanged(self.location.url, self._states, now)
+        return now
+
+    def others(self) -> tuple[str, ...]:
+        """Return the names of the files beside this one that hold planes of its images."""
+        self.file()
+        return self._others
 
     def close(self) -> None:
         """Close the file; reading is an error then."""
@@ -69,6 +100,12 @@ class _TiffHandle:
             self._file = None
             if self._closing is not None:
                 self._closing()
+
+
+def _other_files(xml: str) -> tuple[str, ...]:
+    own = _OWN_UUID.search(xml)
+    named = {name for name, uuid in _FILE.findall(xml) if own is None or uuid != own[1]}
+    return tuple(sorted(map(html.unescape, named)))
 
 
 def _close(file: Any, opened: Any) -> None:
@@ -123,7 +160,7 @@ class TiffArray(FileArray):
         if not location.is_local:
             return None
         path = location.path.resolve()
-        return ["TIFF", str(path), self._series, self._level, file_state(path)]
+        return ["TIFF", str(path), self._series, self._level, *self._handle.states()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _arrived, (self._handle.location, self._series, self._level)
@@ -157,6 +194,7 @@ def find_tiff(location: Location, name: str | None) -> Found:
         file = handle.file()
         number = _series_number(location, file, name)
         series = file.series[number]
+        _warn_of_missing(handle)
         return Found(
             location,
             _name(file, number),
@@ -170,6 +208,21 @@ def find_tiff(location: Location, name: str | None) -> Found:
     except BaseException:
         handle.close()
         raise
+
+
+def _warn_of_missing(handle: _TiffHandle) -> None:
+    """Say which files of a set are not there: tifffile gives zeros for them."""
+    if not handle.location.is_local:
+        return
+    folder = handle.location.path.resolve().parent
+    missing = [name for name in handle.others() if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        warnings.warn(
+            f"{handle.location.url} is one of several files of an image, and of these "
+            f"{', '.join(missing[:5])}{more} cannot be found: their planes are read as zeros",
+            stacklevel=2,
+        )
 
 
 def list_tiff(location: Location) -> list[ListedArray]:

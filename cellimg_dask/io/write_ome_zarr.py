@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
 from typing import Any, Literal, SupportsIndex
 
+from cellimg_dask.batch.apart import check_apart
 from cellimg_dask.batch.filling import Filling, alone, prepare, reader_of
-from cellimg_dask.batch.folder import open_folder
-from cellimg_dask.batch.manifest import run_folder
 from cellimg_dask.batch.passes import reading_instead
 from cellimg_dask.batch.report import RunReport
 from cellimg_dask.batch.run import forget_files, place_of_target
@@ -20,7 +19,8 @@ from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.input import as_input
 from cellimg_dask.image.space_of import space_of
-from cellimg_dask.io.ome import OmeVersion, axis_type, image_attributes, label_attributes
+from cellimg_dask.io.ome import OmeVersion, axis_type
+from cellimg_dask.io.ome_group import OmeGroup
 from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.loading.loader import CellLoader, pinned_together
 from cellimg_dask.loading.node import defining
@@ -29,10 +29,8 @@ from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Factors, Pyramid, pyramid
 from cellimg_dask.queues.block_queue import BlockQueue
 
-__all__ = ["OmeZarrReport", "write_ome_zarr", "written_arrays"]
+__all__ = ["OmeZarrReport", "write_ome_zarr"]
 
-_MARK = "ome-zarr.json"
-_SCHEMA = 1
 _ORDER = ("time", "channel", None, "space")
 
 
@@ -96,7 +94,7 @@ def write_ome_zarr(
     factors: Factors | None = None,
     method: Literal["mean", "mode", "nearest"] | None = None,
     name: str | None = None,
-    version: OmeVersion = "0.5",
+    version: OmeVersion | None = None,
     queue: BlockQueue | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -121,17 +119,19 @@ def write_ome_zarr(
 
     Parameters
     ----------
-    img : CellImg, array-like, Pyramid or sequence of these
-        The image. Axes, units, scale and translation are those of its `Space`; axes that nobody
-        has named are the last of t, c, z, y and x. A `Pyramid`, or a sequence of images of which
-        the finest comes first, gives all levels.
+    img : CellImg, array-like, Pyramid, sequence of these, or None
+        The image; None adds labels to one that is there, whoever wrote it. Axes, units, scale and
+        translation are those of its `Space`; axes that nobody has named are the last of t, c, z,
+        y and x. A `Pyramid`, or a sequence of images of which the finest comes first, gives all
+        levels.
     path : path or URL
         Of the group, by custom with the ending ``.ome.zarr``. Markers, locks and reports lie
         beside it, in ``<path>.run``.
     labels : mapping of str to image, optional
         Labels of objects, by names; each like ``img``. They are written to the group ``labels``.
     levels : int, optional
-        How many, that of the image included; default: until the image fits into one cell.
+        How many, that of the image included; default: until no axis that becomes shorter is
+        longer than the longest edge of a cell.
     factors : optional
         As in `pyramid`; default: 2 along axes in space, 1 along t and c.
     method : {"mean", "mode", "nearest"}, optional
@@ -139,7 +139,8 @@ def write_ome_zarr(
     name : str, optional
         Of the image; default: that of the path without its endings.
     version : {"0.5", "0.4"}
-        Of OME-Zarr: 0.5 is written in zarr 3, 0.4 in zarr 2.
+        Of OME-Zarr: 0.5 is written in zarr 3, 0.4 in zarr 2. Default: 0.5, for labels alone that
+        of the image.
     cells_per_call
         As in `run`, for the finest level of ``img``.
     queue, resume, overwrite, retries, progress, chunks, sharded, compressor, level, fill_value, \
@@ -154,9 +155,12 @@ verify, max_memory, timeout_s
     ------
     FileExistsError
         If something else is at the path, or it is not to be carried on.
+    FileNotFoundError
+        If there is no image that labels could be added to.
     TypeError, ValueError
-        If an argument is wrong, or OME-Zarr has no such image: it has two to five axes, time
-        before channel before two or three in space.
+        If an argument is wrong, the group holds what an image is computed from and is to be
+        replaced, or OME-Zarr has no such image: it has two to five axes, time before channel
+        before two or three in space.
     MemoryError, NoWorkersError
         As in `run`.
 
@@ -172,7 +176,7 @@ verify, max_memory, timeout_s
     [(6, 9), (3, 5), (2, 3)]
     """
     began = perf_counter()
-    if version not in ("0.4", "0.5"):
+    if version not in (None, "0.4", "0.5"):
         raise ValueError(f'version must be "0.5" or "0.4", got {version!r}')
     if not isinstance(progress, bool):
         raise TypeError(f"progress must be a bool, got {progress!r}")
@@ -181,15 +185,22 @@ verify, max_memory, timeout_s
     where = place_of_target(path)
     if name is None:
         name = where.rstrip("/").rpartition("/")[2].partition(".")[0] or "image"
+    group = OmeGroup(where, "0.5" if version is None and img is not None else version)
     storing = {
         "chunks": chunks,
         "sharded": sharded,
         "compressor": compressor,
         "level": level,
         "fill_value": fill_value,
-        "zarr_format": 2 if version == "0.4" else 3,
+        "zarr_format": 2 if group.version == "0.4" else 3,
     }
-    images = [_Image.of("", name, img, None, (levels, factors, method), storing)]
+    images = []
+    if img is not None:
+        images.append(_Image.of("", name, img, None, (levels, factors, method), storing))
+    elif not labels:
+        raise TypeError("there is nothing to write: img is None, and there are no labels")
+    else:
+        group.check_image()
     for called, value in _named(labels):
         choice = (levels, factors, None)
         images.append(_Image.of(f"labels/{called}", called, value, "labels", choice, storing))
@@ -201,31 +212,19 @@ verify, max_memory, timeout_s
         timeout_s=timeout_s,
         progress=progress,
     )
-    group = _Group(where, version)
-    group.check(images, resume=resume, overwrite=overwrite)
     for image in images:
-        for place, layout in zip(image.places, image.layouts, strict=True):
-            prepare(
-                layout, f"{where}/{place}", group.beside(place), resume=resume, overwrite=overwrite
-            )
-    group.describe(images)
+        for place in [where] if overwrite else [f"{where}/{place}" for place in image.places]:
+            check_apart(image.levels, place)
     report = OmeZarrReport(where)
-    for image in images:
-        image.fill(filling, group, report, None if image.path else cells_per_call)
+    with group.lock():
+        group.check(images, resume=resume, overwrite=overwrite)
+        for image in images:
+            image.prepare(group, resume=resume, overwrite=overwrite)
+        group.describe(images)
+        for image in images:
+            image.fill(filling, group, report, None if image.path else cells_per_call)
     report.seconds = perf_counter() - began
     return report
-
-
-def written_arrays(path: str) -> dict[str, str]:
-    """Return where the arrays that were written to a group are, and the folder of their markers.
-
-    Empty where `write_ome_zarr` has written nothing.
-    """
-    beside = run_folder(path)
-    mark = open_folder(beside).read(_MARK)
-    images = {} if mark is None else json.loads(mark)["images"]
-    names = [name for names in images.values() for name in names]
-    return {f"{path.rstrip('/')}/{name}": f"{beside}/{name}" for name in names}
 
 
 @dataclass(frozen=True)
@@ -255,6 +254,8 @@ class _Image:
         what = path or "the image"
         for image in images:
             _check_axes(image.space.named, what)
+        for number, (finer, image) in enumerate(pairwise(images), 1):
+            _check_level(finer, image, f"level {number} of {what}")
         if kind == "labels" and images[0].dtype.kind not in "iu":
             raise TypeError(f"{what}: labels must be integers, got {images[0].dtype}")
         # All of one moment.
@@ -275,8 +276,14 @@ class _Image:
         front = f"{self.path}/" if self.path else ""
         return [f"{front}{number}" for number in range(len(self.levels))]
 
+    def prepare(self, group: OmeGroup, *, resume: bool, overwrite: bool) -> None:
+        """Create the arrays that are not there yet."""
+        for place, layout in zip(self.places, self.layouts, strict=True):
+            where = f"{group.where}/{place}"
+            prepare(layout, where, group.beside(place), resume=resume, overwrite=overwrite)
+
     def fill(
-        self, filling: Filling, group: _Group, report: OmeZarrReport, cells_per_call: Any
+        self, filling: Filling, group: OmeGroup, report: OmeZarrReport, cells_per_call: Any
     ) -> None:
         """Compute and store the levels, each from the one below as it was stored."""
         stored: dict[CellLoader, Reader] = {}
@@ -296,123 +303,9 @@ class _Image:
             stored[loader] = reader_of(where)
 
 
-class _Group:
-    """The group on the disk, and what was noted of it."""
-
-    def __init__(self, where: str, version: OmeVersion) -> None:
-        self.where = where
-        self.version = version
-        self._folder = open_folder(where)
-        self._notes = open_folder(run_folder(where))
-
-    def beside(self, place: str) -> str:
-        """Return where the markers of an array are."""
-        return f"{run_folder(self.where)}/{place}"
-
-    def check(self, images: Sequence[_Image], *, resume: bool, overwrite: bool) -> None:
-        """Refuse what is not to be carried on, and note that the group is ours."""
-        mark = self._notes.read(_MARK)
-        is_free = self._is_free()
-        # Notes that stayed when the group was removed say nothing of the next one.
-        noted = {} if mark is None or is_free else json.loads(mark)
-        if mark is None and not is_free and not (overwrite and self._is_image()):
-            raise FileExistsError(
-                f"{self.where} exists and was not written by write_ome_zarr; give another path"
-                + ("" if not self._is_image() else ", or overwrite=True to replace the image")
-            )
-        if noted and not overwrite:
-            if not resume:
-                raise FileExistsError(
-                    f"{self.where} exists; resume=True carries it on, overwrite=True replaces it"
-                )
-            if noted["version"] != self.version:
-                raise FileExistsError(
-                    f"{self.where} is OME-Zarr {noted['version']}, asked for was {self.version}: "
-                    f"give another path, or overwrite=True to replace it"
-                )
-            for image in images:
-                there = noted["images"].get(image.path)
-                if there is not None and there != image.places:
-                    raise FileExistsError(
-                        f"{image.path or 'the image'} in {self.where} has {len(there)} levels, "
-                        f"asked for were {len(image.places)}: give another path, or overwrite=True "
-                        f"to replace it"
-                    )
-        if overwrite:
-            self._remove(noted.get("images", {}))
-        kept = {} if overwrite else noted.get("images", {})
-        content = {
-            "schema": _SCHEMA,
-            "version": self.version,
-            "images": kept | {image.path: image.places for image in images},
-        }
-        self._notes.write(_MARK, json.dumps(content).encode())
-
-    def describe(self, images: Sequence[_Image]) -> None:
-        """Write the metadata, leaving what others have added to it."""
-        for image in images:
-            self._write_group(
-                image.path,
-                image_attributes(
-                    image.spaces,
-                    [place.rpartition("/")[2] for place in image.places],
-                    image.name,
-                    self.version,
-                    is_labels=image.is_labels,
-                ),
-            )
-        new = [image.name for image in images if image.path]
-        if new:
-            known = _labels_in(self._attributes("labels"))
-            names = [*known, *(name for name in new if name not in known)]
-            self._write_group("labels", label_attributes(names, self.version))
-
-    def _is_free(self) -> bool:
-        return next(self._folder.names(""), None) is None and not os.path.isfile(self.where)  # noqa: PTH113
-
-    def _is_image(self) -> bool:
-        attributes = self._attributes("")
-        return "multiscales" in {**attributes, **attributes.get("ome", {})}
-
-    def _attributes(self, path: str) -> dict[str, Any]:
-        front = f"{path}/" if path else ""
-        for name in ("zarr.json", ".zattrs"):
-            content = self._folder.read(front + name)
-            if content is not None:
-                found: dict[str, Any] = json.loads(content)
-                return found.get("attributes", {}) if name == "zarr.json" else found
-        return {}
-
-    def _write_group(self, path: str, attributes: dict[str, Any]) -> None:
-        front = f"{path}/" if path else ""
-        merged = {**self._attributes(path), **attributes}
-        if self.version == "0.4":
-            self._put(f"{front}.zgroup", {"zarr_format": 2})
-            self._put(f"{front}.zattrs", merged)
-        else:
-            content = {"zarr_format": 3, "node_type": "group", "attributes": merged}
-            self._put(f"{front}zarr.json", content)
-
-    def _put(self, name: str, content: dict[str, Any]) -> None:
-        self._folder.write(name, json.dumps(content, indent=1).encode())
-
-    def _remove(self, images: Mapping[str, Sequence[str]]) -> None:
-        """Remove what was written, markers first, so that they never vouch for something else."""
-        for place in (place for places in images.values() for place in places):
-            for folder, under in ((self._notes, place), (self._folder, place)):
-                for name in list(folder.names(under)):
-                    folder.remove(name)
-        for path in ("", "labels", *images):
-            for name in ("zarr.json", ".zgroup", ".zattrs"):
-                self._folder.remove(f"{path}/{name}" if path else name)
-
-
-def _labels_in(attributes: Mapping[str, Any]) -> list[str]:
-    found = {**attributes, **attributes.get("ome", {})}.get("labels", [])
-    return [name for name in found if isinstance(name, str)]
-
-
-def _levels(value: Any, kind: str | None, levels: Any, factors: Any, method: Any) -> list[CellImg]:
+def _levels(
+    value: Any, kind: str | None, levels: Any, factors: Any, method: Any
+) -> Sequence[CellImg]:
     """Return the levels of an image as it was given."""
     if isinstance(value, (Pyramid, list, tuple)):
         for what, given in (("levels", levels), ("factors", factors), ("method", method)):
@@ -428,10 +321,23 @@ def _levels(value: Any, kind: str | None, levels: Any, factors: Any, method: Any
         factors = [
             1 if axis_type(name) in ("time", "channel") else 2 for name in space.named.axes or ()
         ]
-    made: Pyramid = pyramid(
-        value, levels, "labels" if kind else "image", factors=factors, method=method
-    )
-    return list(made)
+    how: Literal["image", "labels"] = "labels" if kind else "image"
+    made: Pyramid = pyramid(value, levels, how, factors=factors, method=method)
+    return list(made) if levels is not None else made.levels[: _enough(made)]
+
+
+def _enough(made: Pyramid) -> int:
+    """Return how many levels there are until the image is small.
+
+    Cells may be flat, those of a stack of planes for instance.
+    """
+    longest = max(made[0].cell_shape, default=1)
+    for number, (image, scale) in enumerate(zip(made, made.scales, strict=True)):
+        coarser = made.scales[min(number + 1, len(made) - 1)]
+        shrinks = [a != b for a, b in zip(scale, coarser, strict=True)]
+        if all(n <= longest for n, becomes in zip(image.shape, shrinks, strict=True) if becomes):
+            return number + 1
+    return len(made)
 
 
 def _check_axes(space: Space, what: str) -> None:
@@ -445,6 +351,23 @@ def _check_axes(space: Space, what: str) -> None:
             f"{what} has axes {', '.join(names) or 'none'}; OME-Zarr has two to five, t before c "
             f"before two or three in space: name them by with_space(axes=…), or write a zarr array "
             f"by run"
+        )
+
+
+def _check_level(finer: CellImg, image: CellImg, what: str) -> None:
+    """Refuse what OME-Zarr's readers do not take for the same image in a smaller size."""
+    if image.dtype != finer.dtype:
+        raise TypeError(f"{what} has dtype {image.dtype}, the finer one {finer.dtype}")
+    names = [space.axes for space in (finer.space, image.space) if space.axes is not None]
+    if image.ndim != finer.ndim or len(set(names)) > 1:
+        raise ValueError(
+            f"{what} has axes {', '.join(image.space.named.axes or ())}, the finer one "
+            f"{', '.join(finer.space.named.axes or ())}"
+        )
+    if any(less > size for less, size in zip(image.shape, finer.shape, strict=True)):
+        raise ValueError(
+            f"{what} has shape {image.shape}, which is larger than {finer.shape}: the finest "
+            f"level comes first"
         )
 
 

@@ -111,8 +111,8 @@ def _found(store: _Store, path: str, node: Any) -> Found:
     if len(inside) > 1 and "bioformats2raw.layout" in ome_part(attributes):
         # What one means by this folder is its first image.
         inside = inside[:1]
-    chosen = choose(store.location.below(path), None, inside, "zarr")
-    below = joined(path, chosen)
+    # Under the names by which they are found from here.
+    below = choose(store.location, None, [joined(path, each) for each in inside], "zarr")
     node = store.node(below)
     if node is None:
         raise _missing(store, below)
@@ -196,9 +196,11 @@ def _labelled_space(store: _Store, group: str, array: Any, names: list[str], wha
 
 def _one_of_group(store: _Store, path: str, group: Any) -> Found:
     """Return the only image of a group that says nothing of what is in it."""
-    names = _images_below(store, path, group)
-    chosen = choose(store.location.below(path), None, names, "zarr")
-    return _found(store, joined(path, chosen), store.node(joined(path, chosen)))
+    names = [joined(path, name) for name in _images_below(store, path, group)]
+    if not names:
+        choose(store.location.below(path), None, names, "zarr")
+    chosen = choose(store.location, None, names, "zarr")
+    return _found(store, chosen, store.node(chosen))
 
 
 def _images_below(store: _Store, path: str, group: Any) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
+from glob import escape, glob
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +20,7 @@ from cellimg_dask.blocks.functions import BlockCode, BlockFunction
 from cellimg_dask.blocks.plan import Box, CellPlan, Planner
 from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.geometry import CellGrid, tiles
-from cellimg_dask.loading.file_array import FileArray, file_state
+from cellimg_dask.loading.file_array import FileArray, check_unchanged, file_state
 from cellimg_dask.loading.readers import (
     ArrayReader,
     ChunkedReader,
@@ -35,8 +37,9 @@ _SCHEMA = 1
 _REMEMBERED = 1 << 16
 
 
-Described = dict[int, tuple[Any, str]]
-"""Of inputs that are zarr arrays: the metadata, and their digest, which takes long to make."""
+Described = dict[int, tuple[Any, Any]]
+"""Of inputs in stores, what takes long to make: of a zarr array the metadata and their digest, of
+a data set of HDF5 the data set and where else its values may be."""
 
 
 class Image(Protocol):
@@ -256,11 +259,54 @@ def _stored(reader: Reader, boxes: Sequence[Box], number: int, described: Descri
             return content
     module = type(array).__module__.partition(".")[0]
     if module == "h5py":
-        return ["h5py", array.name, array.file.filename, file_state(array.file.filename)]
+        file = array.file.filename
+        _check_not_replaced(array, file)
+        others = _other_files(array, file, number, described)
+        return ["h5py", array.name, file, file_state(file), *others]
     raise NoContentError(
         f"input {number} is a {module}.{type(array).__name__}, of which cannot be said what is in "
         f"it: give Input(array, version=…), a text that you change with its content"
     )
+
+
+def _check_not_replaced(array: Any, file: str) -> None:
+    """Refuse a data set of HDF5 at whose path there is another file by now."""
+    try:
+        opened, there = os.fstat(array.file.id.get_vfd_handle()), Path(file).stat()
+    except (OSError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        # Gone, or not a file of this machine that is read by itself.
+        return
+    check_unchanged(file, (opened.st_dev, opened.st_ino), (there.st_dev, there.st_ino))
+
+
+def _other_files(array: Any, file: str, number: int, described: Described) -> list[Any]:
+    """Return the state of the files in which a data set of HDF5 has its values, beside its own."""
+    known = described.get(number)
+    if known is None or known[0] is not array:
+        names = {name for name, _, _ in array.external or ()}
+        if array.is_virtual:
+            names = {source.file_name for source in array.virtual_sources()} - {"."}
+        # HDF5 looks beside the file and in the working folder; "%b" stands for a number.
+        folders = Path(file).parent, Path.cwd()
+        places = [escape(str(folder / name)) for name in names for folder in folders]
+        known = described[number] = array, [place.replace("%b", "*") for place in sorted(places)]
+    found = sorted({file for place in known[1] for file in glob(place)})  # noqa: PTH207 - absolute
+    return [[[place, file_state(place)] for place in found]] if known[1] else []
+
+
+def _check_same_layout(array: Any, folder: Path) -> None:
+    """Refuse a zarr array that was made anew, with other chunks say, since it was opened.
+
+    It may have grown.
+    """
+    import zarr
+
+    now = zarr.open_array(array.store, path=array.path, mode="r").metadata
+    said = [each.to_dict() | {"attributes": None} for each in (array.metadata, now)]
+    pairs = zip(array.metadata.shape, now.shape, strict=False)
+    if len(array.shape) == len(now.shape) and all(before <= after for before, after in pairs):
+        said = [each | {"shape": None} for each in said]
+    check_unchanged(folder, digest(value_content(said[0])), digest(value_content(said[1])))
 
 
 def _zarr(
@@ -283,6 +329,7 @@ def _zarr(
     known = described.get(number)
     if known is None or known[0] is not array.metadata:
         content = value_content(array.metadata.to_dict() | {"attributes": None}, "metadata")
+        _check_same_layout(array, folder)
         known = described[number] = array.metadata, digest(content)
     grid = CellGrid(array.shape, getattr(array, "shards", None) or array.chunks)
     names = [array.metadata.encode_chunk_key(grid.position(index)) for index in _met(grid, boxes)]

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.blocks.errors import SourceChangedError
 from cellimg_dask.blocks.plan import Box
 
-__all__ = ["FileArray", "StandsFor", "file_state", "unwrapped"]
+__all__ = ["FileArray", "StandsFor", "check_unchanged", "file_state", "unwrapped"]
 
 
 class FileArray:
@@ -69,3 +70,15 @@ def file_state(path: str | os.PathLike[str]) -> list[int] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return [found.st_size, found.st_mtime_ns]
+
+
+def check_unchanged(place: str | os.PathLike[str], before: Any, now: Any) -> None:
+    """Refuse what was opened as one thing and is another by now: what is read would be neither.
+
+    Raises
+    ------
+    SourceChangedError
+        If the two differ.
+    """
+    if before != now:
+        raise SourceChangedError(f"{place} has changed since it was opened: open it again")

@@ -357,8 +357,12 @@ def make_reader(array: Any, cache: CellCache) -> Reader:
         if memory is not None:
             return FileReader(array, memory)
     check_array(array)
-    if type(array).__module__.partition(".")[0] == "xarray" and array.chunks is not None:
-        array = array.data
+    if type(array).__module__.partition(".")[0] == "xarray":
+        if array.chunks is not None:
+            array = array.data
+        elif isinstance(getattr(array.variable, "_data", None), np.ndarray):
+            # In memory; what was opened lazily is read region by region.
+            return ArrayReader(array.values)
     known = _readers.get((id(array), id(cache)))
     if known is not None:
         return known

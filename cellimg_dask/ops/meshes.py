@@ -158,8 +158,14 @@ def _boxes(boxes: Any, wanted: list[int], shape: tuple[int, ...]) -> dict[int, R
         missing = [name for name in names if name not in boxes.columns]
         if missing:
             raise ValueError(f"boxes has no column {missing[0]!r}; region_table makes them")
-        rows = boxes[boxes["label"].isin(wanted)][names].to_numpy().astype(int).tolist()
-        boxes = {row[0]: Roi(tuple(row[1:4]), tuple(row[4:])) for row in rows}
+        looked_for = set(wanted)
+        rows = [row for row, n in enumerate(boxes["label"].tolist()) if n in looked_for]
+        # Each by itself: in one array with other integers, ids of 64 bits would become floats.
+        columns = [map(int, boxes[name].iloc[rows].tolist()) for name in names]
+        boxes = {
+            label: Roi(tuple(ends[:3]), tuple(ends[3:]))
+            for label, *ends in zip(*columns, strict=True)
+        }
         for label in wanted:
             if label not in boxes:
                 raise ValueError(f"there is no object {label} in the image")

@@ -38,19 +38,23 @@ class Editions:
         """Begin to count the changes of a layer's levels."""
 
         def noticed(_: Any) -> None:
-            with self.seen:
-                if name not in self._numbers:
-                    return
-                self._numbers[name] += 1
-                number = self._numbers[name]
-            changed = self._changed()
-            if changed is not None:
-                changed(name, number)
+            self.renew(name)
 
         with self.seen:
             # A page may know a layer that had this name before.
             self._numbers[name] = self._shown.get(name, -1) + 1
             self._watches[name] = [image.on_dirty(noticed) for image in images]
+
+    def renew(self, name: str) -> None:
+        """Count a change of a layer."""
+        with self.seen:
+            if name not in self._numbers:
+                return
+            self._numbers[name] += 1
+            number = self._numbers[name]
+        changed = self._changed()
+        if changed is not None:
+            changed(name, number)
 
     def forget(self, name: str) -> None:
         """Count no more for a layer."""

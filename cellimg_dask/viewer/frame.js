@@ -359,16 +359,26 @@
 
   const start = (viewer) => {
     let known = editionsOf(window.cellimgFacts ?? {});
+    let layers = window.cellimgFacts?.layers ?? {};
+    const told = { ...known };
     const refresher = makeRefresher(viewer);
     const painter = makePainter(viewer, refresher);
     if (refresher === null) {
       tell({ kind: "cannot refresh" }).catch(report);
     } else {
       refresher.onDone = (name, edition) => {
+        if (told[name] === edition) return;
+        told[name] = edition;
         tell({ kind: "shown", layers: { [name]: edition } }).catch(report);
       };
     }
     tell({ kind: "shown", layers: known }).catch(report);
+    // What changes without anybody saying so: which cells are there and which are computed.
+    setInterval(() => {
+      for (const [name, { changes, edition, prefix }] of Object.entries(layers)) {
+        if (changes && refresher?.isBusy(name) === false) refresher.refresh(name, prefix, edition);
+      }
+    }, 1000);
     const listen = () => {
       const facts = new EventSource(`${base}@facts`);
       facts.onmessage = (event) => {
@@ -378,6 +388,7 @@
           if (known[name] !== edition) refresher?.refresh(name, prefix, edition);
         }
         known = editionsOf(now);
+        layers = now.layers ?? {};
       };
       facts.onerror = () => {
         // A browser gives up where the connection is refused.

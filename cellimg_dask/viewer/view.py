@@ -9,6 +9,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,7 @@ class View(Looking):
                 self._brush.close()
             del self._given[name], self.server.layers[name]
             self._editions.forget(name)
+            self._editions.forget(self._scene.work_name(name))
             self._surfaces.pop(name, None)
         with self.viewer.txn() as state:
             for each in (name, self._scene.work_name(name)):
@@ -239,8 +241,15 @@ class View(Looking):
             left = (
                 None if timeout is None else max(0.0, round(timeout + began - time.monotonic(), 1))
             )
-            seen = self._editions.seen
-            return shoot(self.viewer, seen, is_current, self._check_open, size, controls, left)
+            draw = partial(
+                shoot, self.viewer, self._editions.seen, is_current, self._check_open, size
+            )
+            if self._work and not self._by_address:
+                # What has been done is known when all is there.
+                draw(True, left)
+                for name in self.layers:
+                    self._editions.renew(self._scene.work_name(name))
+            return draw(controls, left)
         except TimeoutError as error:
             raise TimeoutError(f"{error}{self.server.app.work.last_error()}") from None
         finally:
@@ -405,13 +414,18 @@ class View(Looking):
         with self._lock:
             base = self.server.url
             brush = self._brush
-            layers = {
-                name: {
-                    "edition": edition,
-                    "prefix": self._scene.source_url(base, name).removeprefix("zarr3://"),
-                }
-                for name, edition in self._editions.numbers().items()
-            }
+            numbers = self._editions.numbers()
+            layers = {}
+            for name in self._given:
+                urls = {name: self._scene.source_url(base, name)}
+                urls[self._scene.work_name(name)] = self._scene.source_url(f"{base}/@work", name)
+                for shown, url in urls.items():
+                    if shown in numbers:
+                        layers[shown] = {
+                            "edition": numbers[shown],
+                            "prefix": url.removeprefix("zarr3://"),
+                            "changes": shown != name,
+                        }
             facts = None if brush is None or brush.closed else brush.facts()
             self._frame.tell(layers=layers, brush=facts)
 
@@ -422,7 +436,7 @@ class View(Looking):
         self._tell()
         if name in self._surfaces:
             self._frame.soon(name, lambda: self._renew_meshes(name))
-        if self._by_address and not self._closed:
+        if self._by_address and name in self._given and not self._closed:
             url = self._scene.source_url(self.server.url, name, edition)
 
             def readdress(state: Any) -> None:
@@ -443,6 +457,8 @@ class View(Looking):
             self._given[name] = layer
             self.server.layers[name] = shown
         self._editions.watch(name, shown.images)
+        if self._work:
+            self._editions.watch(self._scene.work_name(name), ())
         self._tell()
 
     def _begin(self, layout: str, prefetch: bool) -> None:

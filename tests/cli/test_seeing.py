@@ -155,6 +155,9 @@ def test_a_file_is_viewed(run, folder):
         assert hint == "(until Ctrl-C)"
         with urlopen(address) as answer:
             assert b"neuroglancer" in answer.read()
+        # Whoever tunnels needs this port as well.
+        with urlopen(f"{addresses['data']}/in/zarr.json") as answer:
+            assert b"multiscales" in answer.read()
     if find_browser() is None:
         pytest.skip("no Chromium here for the picture: apt install chromium")
     done = run("view", "in.tif", "--screenshot", "in.png")

@@ -115,3 +115,9 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         Space.of(2, **arguments)
+
+
+@pytest.mark.parametrize("ndim", [-1, 1.5, "2", None])
+def test_the_number_of_axes_is_one(ndim: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="ndim must be"):
+        Space.of(ndim)

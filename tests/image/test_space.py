@@ -107,6 +107,15 @@ def test_with_space_is_the_same_image() -> None:
         image.with_space("yx")  # type: ignore[arg-type]
 
 
+def test_an_image_shows_where_it_lies() -> None:
+    image = ci.map_cells(np.negative, raw(), cell_shape=4)
+    text = "z 4 micrometer from 10, y 1 micrometer, x 0.5 micrometer from -1"
+    assert f"voxels        {text}" in repr(image)
+    assert text in image._repr_html_()
+    assert "voxels" not in repr(image.with_space(ci.Space.of(3)))
+    assert str(ci.Space.of(2)) == "1, 1"
+
+
 def test_a_space_has_to_fit_its_input() -> None:
     with pytest.raises(ValueError, match=r"a space of 3 axes for an array of shape \(4, 6\)"):
         ci.Input(np.zeros((4, 6)), space=SPACE)
@@ -141,6 +150,15 @@ def test_there_and_back_through_xarray() -> None:
     # A part of it knows where it begins.
     assert ci.map_cells(np.negative, labelled[2:, ::2]).translation == (18, 0, -1)
     assert ci.map_cells(np.negative, labelled[2:, ::2]).scale == (4, 2, 0.5)
+
+
+def test_xarray_in_memory_has_content_that_a_run_compares(tmp_path: Path) -> None:
+    array = xarray.DataArray(np.arange(12).reshape(3, 4), dims=("y", "x"))
+    for value in (1, 2):
+        array[0, 0] = value
+        image = ci.map_cells(np.negative, array, cell_shape=2)
+        assert ci.run(image, tmp_path / "a.zarr", progress=False).computed == (4, 1)[value - 1]
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "a.zarr")[:], -array.values)
 
 
 def test_xarray_of_what_nobody_named() -> None:

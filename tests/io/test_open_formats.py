@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 
@@ -19,6 +20,7 @@ import cellimg_dask as ci
 from cellimg_dask.io import tiff
 from cellimg_dask.io.listing import list_images
 from cellimg_dask.io.open_image import open_image
+from cellimg_dask.loading.content import ContentKeys
 
 # ---------------------------------------------------------------------- N5
 
@@ -142,10 +144,20 @@ def test_what_is_in_an_n5_container_is_listed(tmp_path, volume):
         open_image(root)
     with pytest.raises(ValueError, match=r"no image 'c'.*a/labels, a/raw, b"):
         open_image(root, name="c")
-    with pytest.raises(ValueError, match="labels, raw; "):
+    with pytest.raises(ValueError, match=r"a/labels, a/raw; .*name='a/labels'"):
         open_image(root, name="a")
     assert [item.name for item in list_images(root)] == ["a/labels", "a/raw", "b"]
     assert fingerprint(root) == before
+
+
+def test_n5_that_was_read_before_a_fork(files, volume):
+    """tensorstore would end the process that was forked."""
+    image = open_image(files["bare.n5"])
+    np.testing.assert_array_equal(image, volume)
+    array = pickle.loads(pickle.dumps(image.array))
+    array._opened_in = -1
+    with pytest.raises(OSError, match=r"before this process was forked.*spawn"):
+        array[0:1, 0:1, 0:1]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +241,74 @@ def test_a_file_without_data_sets(tmp_path):
         open_image(tmp_path / "a.h5")
     with pytest.raises(ValueError, match="holds no array"):
         list_images(tmp_path / "a.h5")
+
+
+def test_links_of_hdf5(tmp_path, volume):
+    with h5py.File(tmp_path / "far.h5", "w") as file:
+        file["scan/data"] = volume
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["t0"] = h5py.ExternalLink("far.h5", "/scan")
+        file["latest"] = h5py.SoftLink("/t0/data")
+        file["lost"] = h5py.SoftLink("/nowhere")
+        file["gone"] = h5py.ExternalLink("gone.h5", "/data")
+    assert [item.name for item in list_images(tmp_path / "a.h5")] == ["t0/data"]
+    for name in (None, "t0/data", "latest"):
+        with open_image(tmp_path / "a.h5", name=name) as image:
+            np.testing.assert_array_equal(image, volume)
+            np.testing.assert_array_equal(pickle.loads(pickle.dumps(image)), volume)
+    for name in ("lost", "gone"):
+        with pytest.raises(ValueError, match=f"no image '{name}'; it has: t0/data"):
+            open_image(tmp_path / "a.h5", name=name)
+
+
+def test_keys_follow_the_files_that_values_lie_in(tmp_path, volume, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with h5py.File("far.h5", "w") as file:
+        file["data"] = volume
+    for number in range(2):
+        with h5py.File(f"part{number}.h5", "w") as file:
+            file["data"] = volume[number]
+    every = h5py.VirtualLayout(volume.shape, volume.dtype)
+    every[...] = h5py.VirtualSource("far.h5", "data", volume.shape)
+    parts = h5py.VirtualLayout((2, *volume.shape[1:]), volume.dtype)
+    for number in range(2):
+        parts[number] = h5py.VirtualSource(f"part{number}.h5", "data", volume.shape[1:])
+    with h5py.File("a.h5", "w") as file:
+        file["link"] = h5py.ExternalLink("far.h5", "/data")
+        file.create_virtual_dataset("virtual", every)
+        file.create_virtual_dataset("parts", parts)
+        raw = [("raw.bin", 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("raw", data=volume, external=raw)
+        file["t00000/s00/0/cells"] = h5py.ExternalLink("far.h5", "/data")
+    holders = {
+        "link": "far.h5",
+        "virtual": "far.h5",
+        "parts": "part1.h5",
+        "raw": "raw.bin",
+        "t00000/s00": "far.h5",
+    }
+
+    def key(name):
+        with open_image("a.h5", name=name) as image:
+            return ContentKeys(ci.map_cells(np.negative, image).loader).key(0)
+
+    for time, (name, holder) in enumerate(holders.items()):
+        before = key(name)
+        assert key(name) == before
+        os.utime(holder, ns=(time, time))
+        assert key(name) != before, name
+
+
+def test_a_file_that_is_being_written_is_named(tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["data"] = np.zeros((2, 3))
+
+    def locked(*args):
+        raise BlockingIOError(11, "unable to lock file")
+
+    monkeypatch.setattr(h5py, "File", locked)
+    with pytest.raises(ValueError, match=r"a\.h5 is open for writing in another program"):
+        open_image(tmp_path / "a.h5")
 
 
 def test_axis_tags_of_ilastik(tmp_path, volume):
@@ -394,6 +474,56 @@ def test_series_of_tiff(tmp_path, volume):
     with pytest.raises(ValueError, match="no image 'third'; it has: series 0, series 1"):
         open_image(tmp_path / "a.ome.tif", name="third")
     assert [item.name for item in list_images(tmp_path / "a.ome.tif")] == ["series 0", "series 1"]
+
+
+def test_ome_images_in_several_files(tmp_path, volume):
+    """As Bio-Formats writes them: each names all."""
+    names, ids = ["a & b.ome.tif", "c.ome.tif"], ["urn:uuid:0", "urn:uuid:1"]
+    planes = "".join(
+        f'<TiffData IFD="{z}" FirstC="{c}" FirstZ="{z}" FirstT="0" PlaneCount="1">'
+        f'<UUID FileName="{names[c].replace("&", "&amp;")}">{ids[c]}</UUID></TiffData>'
+        for c in range(2)
+        for z in range(2)
+    )
+
+    def write(c, data):
+        xml = (
+            '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="{ids[c]}"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" '
+            f'Type="uint16" SizeX="{volume.shape[2]}" SizeY="{volume.shape[1]}" SizeZ="2" '
+            f'SizeC="2" SizeT="1">{planes}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(
+            tmp_path / names[c],
+            data,
+            description=xml.encode(),
+            metadata=None,
+            photometric="minisblack",
+        )
+
+    def key():
+        with open_image(tmp_path / names[0]) as image:
+            return ContentKeys(ci.map_cells(np.negative, image).loader).key(0)
+
+    data = volume[:4].reshape(2, 2, *volume.shape[1:])
+    write(0, data[0])
+    write(1, data[1])
+    for name in names:
+        with open_image(tmp_path / name) as image:
+            assert image.axes == ("c", "z", "y", "x")
+            np.testing.assert_array_equal(image, data)
+    before = key()
+    assert key() == before
+    os.utime(tmp_path / names[1], ns=(1, 1))
+    assert key() != before
+    (tmp_path / names[1]).unlink()
+    with pytest.warns(UserWarning, match=r"c\.ome\.tif cannot be found: .* zeros"):
+        assert not np.asarray(open_image(tmp_path / names[0]))[1].any()
+    # A file that was renamed, and is one all by itself.
+    tifffile.imwrite(tmp_path / "one.ome.tif", volume, photometric="minisblack")
+    (tmp_path / "one.ome.tif").rename(tmp_path / "renamed.ome.tif")
+    with open_image(tmp_path / "renamed.ome.tif") as image:
+        np.testing.assert_array_equal(image, volume)
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])

@@ -312,6 +312,40 @@ def test_content_keys_follow_the_files(files, name, tmp_path, volume):
     assert key() != before
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("plain.tif", "tiled.tif"),
+        ("contiguous.h5", "image.h5"),
+        ("v3.zarr", "sharded.zarr"),
+        ("bare.n5", "pyramid.n5/raw/s1"),
+    ],
+)
+def test_what_was_replaced_while_it_was_open_is_an_error(files, name, other, tmp_path):
+    """The key would be that of the new file, and the voxels those of the old one."""
+    path, new = tmp_path / "old" / name, files[name].parent / other
+    path.parent.mkdir()
+    copy = shutil.copytree if files[name].is_dir() else shutil.copy2
+    copy(files[name], path)
+    with open_image(path) as image:
+        image[...]
+        negative = ci.map_cells(np.negative, image)
+        path.rename(tmp_path / "away")
+        copy(new, path)
+        report = ci.run(negative, tmp_path / "out.zarr", progress=False, retries=0)
+    assert report.computed == 0
+    assert all("changed since it was opened" in str(error) for error in report.failed.values())
+
+
+def test_an_array_that_grew_is_read_on(tmp_path, volume):
+    array = zarr.create_array(tmp_path / "a.zarr", data=volume, chunks=(2, 16, 16))
+    negative = ci.map_cells(np.negative, open_image(tmp_path / "a.zarr"))
+    array.resize((9, 40, 50))
+    assert ci.run(negative, tmp_path / "out.zarr", progress=False).ok
+    array.resize((3, 40, 50))
+    assert ci.run(negative, tmp_path / "out.zarr", progress=False).failed
+
+
 def test_dask_reads_it_and_names_it_by_its_place(files, name, volume):
     from dask.base import tokenize
 
@@ -404,6 +438,18 @@ def test_inside_a_zip(files, name, volume, tmp_path):
     assert fingerprint(tmp_path) == before
 
 
+def test_a_folder_inside_a_zip(files, volume, tmp_path):
+    """As one packs it: the folder itself, or several."""
+    made = shutil.make_archive(str(tmp_path / "a"), "zip", files["v3.zarr"].parent, "v3.zarr")
+    for place, name in ((made, None), (made, "v3.zarr"), (made + "/v3.zarr", None)):
+        image = open_image(place, name=name)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(image)), volume)
+    np.savez(tmp_path / "a.npz", raw=volume, labels=volume[0])
+    with pytest.raises(ValueError, match=r"an archive, of: labels\.npy, raw\.npy; say which"):
+        open_image(tmp_path / "a.npz")
+    np.testing.assert_array_equal(open_image(tmp_path / "a.npz", name="raw.npy"), volume)
+
+
 def test_a_slash_at_the_end_makes_no_difference(files, volume, http_server):
     url, _ = http_server(files["ome-0.5.zarr"].parent)
     with open_image(f"{url}/ome-0.5.zarr/") as image:
@@ -431,6 +477,17 @@ def test_file_urls_are_paths(files, volume):
     with open_image(files["v3.zarr"].as_uri()) as image:
         assert image.url == str(files["v3.zarr"])
         np.testing.assert_array_equal(image, volume)
+
+
+def test_homes_and_colons_in_paths(tmp_path, volume, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save("a::b.npy", volume)
+    np.save("a.npy", volume)
+    for place in ("a::b.npy", tmp_path / "a::b.npy", "~/a.npy"):
+        np.testing.assert_array_equal(open_image(place), volume)
+    assert ci.run(ci.map_cells(np.negative, volume), "~/out.zarr", progress=False).ok
+    assert open_image("~/out.zarr").url == str(tmp_path / "out.zarr")
 
 
 # ---------------------------------------------------------------------- faults

@@ -233,6 +233,10 @@ def test_a_plate_lists_its_wells(tmp_path, volume):
     image = open_image(path, name="A/2")
     assert image.name == "A/2/0"
     np.testing.assert_array_equal(image, volume)
+    zarr.open_group(path / "A/1").attrs["well"] = {"images": [{"path": "0"}, {"path": "1"}]}
+    with pytest.raises(ValueError, match=r"A/1/0, A/1/1; .*name='A/1/0'"):
+        open_image(path, name="A/1")
+    np.testing.assert_array_equal(open_image(path, name="A/1/0"), volume)
 
 
 def test_a_level_by_its_name_knows_where_it_lies(files):

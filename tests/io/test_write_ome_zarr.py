@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import cellimg_dask as ci
-from cellimg_dask.io.write_ome_zarr import written_arrays
+from cellimg_dask.io.ome_group import written_arrays
 
 SPACE = ci.Space.of(3, "zyx", "um", scale=(2, 0.5, 0.5), translation=(0, 10, -5))
 VOLUME = np.random.default_rng(8).integers(0, 1000, (9, 21, 30), "u2")
@@ -156,6 +156,43 @@ def test_labels_that_come_later(tmp_path: Path) -> None:
     ]
 
 
+@VERSIONS
+def test_labels_for_an_image_that_somebody_else_wrote(tmp_path: Path, version: Any) -> None:
+    path = tmp_path / "a.zarr"
+    quiet(Doubled().image(), path, version=version)
+    shutil.rmtree(tmp_path / "a.zarr.run")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    opened = ci.open_image(path)
+    report = quiet(
+        None, path, labels={"bright": ci.label(ci.map_cells(_bright, opened, dtype=bool))}
+    )
+    assert set(report.arrays) == {"labels/bright/0", "labels/bright/1", "labels/bright/2"}
+    assert {file: file.read_bytes() for file in before} == before
+    yaozarrs.validate_zarr_store(str(path))
+    np.testing.assert_array_equal(
+        np.asarray(ci.open_image(path).labels["bright"]) > 0, VOLUME * 2 > 1000
+    )
+    assert quiet(None, path, labels={"other": VOLUME}, overwrite=True).ok
+    assert list(ci.open_image(path).labels) == ["bright", "other"]
+    assert {file: file.read_bytes() for file in before} == before
+    with pytest.raises(FileExistsError, match="leave version out"):
+        quiet(None, path, labels={"x": VOLUME}, version="0.4" if version == "0.5" else "0.5")
+    with pytest.raises(FileExistsError, match="resume=True carries it on"):
+        quiet(None, path, labels={"other": VOLUME}, resume=False)
+
+
+def _bright(block: NDArray[Any]) -> NDArray[np.bool_]:
+    return block > 1000
+
+
+def test_labels_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="give the image as well"):
+        quiet(None, tmp_path / "a.zarr", labels={"x": VOLUME})
+    with pytest.raises(TypeError, match="nothing to write"):
+        quiet(None, tmp_path / "a.zarr")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_change_is_carried_up(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     source = ci.Source(VOLUME, (4, 8, 8))
@@ -249,6 +286,20 @@ def test_shards_and_codecs(tmp_path: Path, version: Any) -> None:
         np.testing.assert_array_equal(array[:], VOLUME * 2)
 
 
+@VERSIONS
+def test_chunks_need_not_divide_a_level_that_is_one_cell(tmp_path: Path, version: Any) -> None:
+    image = ci.map_cells(np.negative, np.arange(18 * 23, dtype="i4").reshape(18, 23), cell_shape=8)
+    report = quiet(image, tmp_path / "a.zarr", version=version, chunks=4)
+    assert report.ok
+    for number, level in enumerate(ci.pyramid(image)):
+        array = zarr.open_array(tmp_path / "a.zarr" / str(number), mode="r")
+        assert array.chunks == (4, 4)
+        np.testing.assert_array_equal(array[:], level)
+    assert array.shape == (5, 6)
+    assert array.shards == (None if version == "0.4" else (8, 8))
+    assert quiet(image, tmp_path / "a.zarr", version=version, chunks=4).skipped == report.computed
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 12), min_size=2, max_size=3),
@@ -300,6 +351,59 @@ def test_replacing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(zarr.open_array(path / "0", mode="r")[:], VOLUME * 2)
 
 
+def test_what_is_being_written_is_not_replaced(tmp_path: Path) -> None:
+    """Neither carried on nor removed under the one who writes it, whatever array that is at."""
+    refused = []
+
+    def try_the_same(block: ci.Block) -> None:
+        block.data[...] = 7
+        if block.index == 0:
+            for overwrite in (False, True):
+                with pytest.raises(FileExistsError, match="another run works on") as error:
+                    quiet(VOLUME, tmp_path / "a.zarr", overwrite=overwrite)
+                refused.append(error)
+
+    grid = ci.CellGrid(VOLUME.shape, (4, 8, 8))
+    image = ci.fill_cells(try_the_same, grid, dtype="u2", version="1")
+    labels = {"x": ci.fill_cells(try_the_same, grid, dtype="u2", version="1")}
+    report = quiet(image, tmp_path / "a.zarr", labels=labels)
+    assert report.ok, report
+    assert len(refused) == 4
+    assert np.all(zarr.open_array(tmp_path / "a.zarr/0", mode="r")[:] == 7)
+
+
+@pytest.mark.parametrize("place", ["a.zarr", "memory://cellimg-apart"])
+def test_what_is_read_is_not_written_over(tmp_path: Path, place: str) -> None:
+    path = place if "://" in place else str(tmp_path / place)
+    quiet(VOLUME, path)
+    negative = ci.map_cells(np.negative, ci.open_image(path))
+    for values, settings_of in (
+        (negative, {"overwrite": True}),
+        (negative, {}),
+        (VOLUME, {"labels": {"n": negative}, "overwrite": True}),
+    ):
+        with pytest.raises(ValueError, match=r"because the image is computed from .*give another"):
+            quiet(values, path, **settings_of)
+    with pytest.raises(ValueError, match="because the image is computed from"):
+        ci.run(negative, f"{path}/0", overwrite=True, progress=False)
+    np.testing.assert_array_equal(ci.open_image(path), VOLUME)
+    # Beside it is something else.
+    if "://" not in path:
+        assert quiet(VOLUME, path, labels={"n": negative}).ok
+        assert ci.run(negative, f"{path}2", progress=False).ok
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    quiet(VOLUME, path, labels={"x": VOLUME}, levels=1)
+    left = [path / name for name in ("", "labels", "labels/x")]
+    left = [folder / f".zarr.json.{'0' * 32}.part" for folder in left]
+    for file in left:
+        file.write_text("{")
+    quiet(VOLUME, path, levels=1)
+    assert not any(file.exists() for file in left)
+
+
 def test_notes_of_a_group_that_was_removed(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     made = Doubled()
@@ -345,6 +449,14 @@ def test_what_is_somebody_else_s_stays(tmp_path: Path) -> None:
             ValueError,
             "axes y, c, x; .* t before c",
         ),
+        (
+            [VOLUME, VOLUME[::2].astype("f4")],
+            {},
+            TypeError,
+            "level 1 of the image has dtype float32",
+        ),
+        ([VOLUME[::2], VOLUME], {}, ValueError, r"larger than \(5, 21, 30\): the finest"),
+        ([VOLUME, VOLUME[0]], {}, ValueError, "has axes y, x, the finer one z, y, x"),
         (VOLUME, {"version": "0.3"}, ValueError, 'version must be "0.5" or "0.4"'),
         (VOLUME, {"labels": [VOLUME]}, TypeError, "labels must map names"),
         (VOLUME, {"labels": {"a/b": VOLUME}}, ValueError, "names that can be those of folders"),

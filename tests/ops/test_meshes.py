@@ -157,6 +157,18 @@ def test_a_seed_computes_the_cells_that_the_object_touches():
     assert triangles(surface.vertices, surface.faces) == triangles(vertices, faces)
 
 
+def test_ids_of_64_bits():
+    labels = np.zeros((6, 6, 6), "u8")
+    ids = [2**64 - 1, 2**64 - 2, 2**53 + 1, 2**53, 7]
+    for place, label in enumerate(ids):
+        labels[place, place, place : place + 2] = label
+    surfaces = mesh(labels, ids)
+    assert list(surfaces) == ids
+    for label, surface in surfaces.items():
+        vertices, faces = whole(labels, label)
+        assert triangles(surface.vertices, surface.faces) == triangles(vertices, faces)
+
+
 def test_an_object_in_a_huge_image():
     first, inner = 10**6, ball((20, 20, 20), (9, 9, 9), 6) * np.uint8(1)
 

@@ -235,6 +235,37 @@ def test_a_picture_without_a_browser_and_one_of_a_closed_view(browser: Any, tmp_
         shown.screenshot()
 
 
+def test_the_work_that_is_done_is_shown(show: Any) -> None:
+    from cellimg_dask.viewer.shooting import shoot
+
+    image = ci.fill_cells(Counted(), ci.CellGrid((128, 128), 32), dtype="u1")
+    # Nothing but the work is seen, so that the view itself has nothing computed.
+    shown = show({"image": Layer(image, contrast=(0, 255), visible=False)}, layout="xy", work=True)
+    shown.zoom(0.5)
+    with shown.viewer.txn() as state:
+        state.show_axis_lines = False
+    left, right = ((HEIGHT // 2, WIDTH // 2 + shift) for shift in (-100, 100))
+    before = picture(shown.screenshot(size=(WIDTH, HEIGHT), timeout=TIMEOUT_S))
+    assert np.array_equal(before[left], before[right])
+    image[:, :64]
+    now = picture(shown.screenshot(size=(WIDTH, HEIGHT), timeout=TIMEOUT_S))
+    red, green, blue = now[left] - before[left]
+    assert green > max(red, blue)
+    assert np.array_equal(now[right], before[right])
+
+    # The page looks by itself as well.
+    image[:, 64:]
+
+    def is_seen() -> bool:
+        shot = shoot(
+            shown.viewer, shown._editions.seen, lambda: True, (WIDTH, HEIGHT), False, TIMEOUT_S
+        )
+        return np.array_equal(picture(shot)[right], now[left])
+
+    until(is_seen)
+    assert image.stats().loads == 16
+
+
 def test_cells_that_fail_are_told_by_wait(show: Any) -> None:
     def failing(block: Any) -> None:
         raise RuntimeError("no such luck")
@@ -313,8 +344,8 @@ def test_a_stroke_changes_what_rests_on_it_and_nothing_else(
     for x in range(-40, 51, 10):
         at(browser, chain, x, -20)
     chain.release().key_up("p").perform()
-    # The page's last batch may still be on its way.
-    until(lambda: source[15, 107, 177] == 5)
+    # The page's last batch may still be on its way: the rim behind the last point.
+    until(lambda: source[15, 107, 180] == 5)
     shown.wait(TIMEOUT_S)
 
     painted = np.argwhere(source[...] == 5)
@@ -403,9 +434,16 @@ def test_landmarks_are_placed_by_keys(show: Any, browser: Any) -> None:
     changes: list[int] = []
     landmarks.on_change(lambda each: changes.append(len(each)))
     shown.wait(TIMEOUT_S)
-    at(browser, keys(browser), -30, 10).send_keys("f").perform()
+
+    def place(key: str, x: int, y: int) -> None:
+        at(browser, keys(browser), x, y).perform()
+        # Where nothing is known of the mouse yet, a key places nothing.
+        until(lambda: browser.execute_script("return viewer.mouseState.active"))
+        keys(browser).send_keys(key).perform()
+
+    place("f", -30, 10)
     until(lambda: changes)
-    at(browser, keys(browser), 20, 40).send_keys("m").perform()
+    place("m", 20, 40)
     until(lambda: len(landmarks) == 1)
     (source,), (target,) = landmarks.pairs()
     np.testing.assert_allclose(target, [0, 109, 69], atol=1.1)
