@@ -258,7 +258,13 @@ def test_the_work_that_is_done_is_shown(show: Any) -> None:
 
     def is_seen() -> bool:
         shot = shoot(
-            shown.viewer, shown._editions.seen, lambda: True, (WIDTH, HEIGHT), False, TIMEOUT_S
+            shown.viewer,
+            shown._editions.seen,
+            lambda: True,
+            shown._check_open,
+            (WIDTH, HEIGHT),
+            False,
+            TIMEOUT_S,
         )
         return np.array_equal(picture(shot)[right], now[left])
 
