@@ -15,7 +15,7 @@ import numpy as np
 
 import cellimg_dask as ci
 from benchmarks.harness import ROOT, typical_seconds
-from cellimg_dask.viewer.serving import Server, serve
+from cellimg_dask.server.serving import Server, serve
 
 CELL = 64
 

@@ -72,11 +72,11 @@ from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.rules import BlockUpdate
 from cellimg_dask.schemas.block_schema import BlockSchema
 from cellimg_dask.schemas.describe import describe
+from cellimg_dask.server.layers import Layer
+from cellimg_dask.server.serving import Server, asgi_app, serve
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
 from cellimg_dask.viewer.landmarks import Landmarks
-from cellimg_dask.viewer.layers import Layer
 from cellimg_dask.viewer.painting import Brush
-from cellimg_dask.viewer.serving import Server, asgi_app, serve
 from cellimg_dask.viewer.view import View, view
 
 __all__ = [

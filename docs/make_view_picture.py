@@ -18,7 +18,7 @@ import tifffile
 from scipy import ndimage
 
 import cellimg_dask as ci
-from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.server.layers import Layer
 from cellimg_dask.viewer.view import view
 
 

@@ -1,1 +1,1 @@
-"""Looking at images: a server that any reader of OME-Zarr understands, and a viewer on it."""
+"""Looking at images: neuroglancer, painting, landmarks and surfaces, on top of the server."""

@@ -26,7 +26,7 @@ import tornado.web
 from neuroglancer import viewer_base
 from neuroglancer.server import Server as NeuroglancerServer
 
-from cellimg_dask.viewer.listening import most_connections
+from cellimg_dask.server.listening import most_connections
 
 __all__ = ["Frame", "FrameViewer"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.server.layers import Layer
 from cellimg_dask.viewer.units import factor_of, voxels_at
 
 __all__ = ["Looking", "checked_layout"]

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from cellimg_dask.geometry import Space
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import map_cells
-from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.server.layers import Layer
+from cellimg_dask.server.work import CACHED, COMPUTING, FAILED, WAITING
 from cellimg_dask.viewer.units import factor_of
-from cellimg_dask.viewer.work import CACHED, COMPUTING, FAILED, WAITING
 
 __all__ = [
     "append",

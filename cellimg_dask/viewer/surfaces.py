@@ -14,7 +14,7 @@ import numpy as np
 
 from cellimg_dask.ops.meshes import mesh
 from cellimg_dask.ops.tables import region_table
-from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.server.layers import Layer
 from cellimg_dask.viewer.units import factor_of, voxels_at
 
 __all__ = ["Surfaces"]

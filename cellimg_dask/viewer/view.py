@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cellimg_dask.geometry import Space, as_int
+from cellimg_dask.server.layers import Layer, as_layers
+from cellimg_dask.server.serving import Server, serve
 from cellimg_dask.viewer.browser import Browser
 from cellimg_dask.viewer.contrast import find_contrast
 from cellimg_dask.viewer.editions import Editions
-from cellimg_dask.viewer.layers import Layer, as_layers
 from cellimg_dask.viewer.looking import Looking, checked_layout
-from cellimg_dask.viewer.serving import Server, serve
 from cellimg_dask.viewer.surfaces import Surfaces
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import pytest
 from support import until
 
 import cellimg_dask as ci
+from cellimg_dask.server.layers import Layer
 from cellimg_dask.viewer.browser import find_browser
-from cellimg_dask.viewer.layers import Layer
 from cellimg_dask.viewer.view import View, view
 
 WIDTH, HEIGHT = 640, 480

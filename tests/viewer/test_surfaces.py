@@ -11,7 +11,7 @@ from support import until
 
 import cellimg_dask as ci
 from cellimg_dask.ops.meshes import mesh
-from cellimg_dask.viewer.layers import Layer
+from cellimg_dask.server.layers import Layer
 from cellimg_dask.viewer.surfaces import Surfaces
 from cellimg_dask.viewer.view import View, view
 

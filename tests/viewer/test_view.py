@@ -21,8 +21,8 @@ import pytest
 from support import PATIENCE_S, until
 
 import cellimg_dask as ci
+from cellimg_dask.server.layers import Layer
 from cellimg_dask.viewer.contrast import range_of
-from cellimg_dask.viewer.layers import Layer
 from cellimg_dask.viewer.scene import as_shown, dimensions, normal_to_quaternion
 from cellimg_dask.viewer.view import View, view
 

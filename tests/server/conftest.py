@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cellimg_dask as ci
-from cellimg_dask.viewer.serving import Server, serve
+from cellimg_dask.server.serving import Server, serve
 
 
 class Reply(NamedTuple):

@@ -15,12 +15,12 @@ from support import PATIENCE_S
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
-from cellimg_dask.viewer import versions as versions_module
-from cellimg_dask.viewer import waiting as waiting_module
-from cellimg_dask.viewer.gate import Gate
-from cellimg_dask.viewer.layers import Layer
-from cellimg_dask.viewer.serving import asgi_app
-from cellimg_dask.viewer.versions import CellVersions
+from cellimg_dask.server import versions as versions_module
+from cellimg_dask.server import waiting as waiting_module
+from cellimg_dask.server.gate import Gate
+from cellimg_dask.server.layers import Layer
+from cellimg_dask.server.serving import asgi_app
+from cellimg_dask.server.versions import CellVersions
 
 
 def counted(shape=(6, 6), cells=2, **more):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import cellimg_dask as ci
-from cellimg_dask.viewer.layers import Layer
-from cellimg_dask.viewer.serving import Server, serve
+from cellimg_dask.server.layers import Layer
+from cellimg_dask.server.serving import Server, serve
 
 zarr = pytest.importorskip("zarr")
 pytest.importorskip("uvicorn")

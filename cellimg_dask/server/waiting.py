@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.errors import describe
 from cellimg_dask.loading.loader import CellLoader
-from cellimg_dask.viewer.answers import Answer, plain
-from cellimg_dask.viewer.chunks import ServedArray
-from cellimg_dask.viewer.gate import Gate
-from cellimg_dask.viewer.work import Work
+from cellimg_dask.server.answers import Answer, plain
+from cellimg_dask.server.chunks import ServedArray
+from cellimg_dask.server.gate import Gate
+from cellimg_dask.server.work import Work
 
 __all__ = ["Receive", "Waiting"]
 

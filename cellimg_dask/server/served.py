@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from cellimg_dask.viewer.answers import (
+from cellimg_dask.server.answers import (
     JSON,
     RANGES,
     REVALIDATE,
@@ -14,10 +14,10 @@ from cellimg_dask.viewer.answers import (
     matches,
     ranged,
 )
-from cellimg_dask.viewer.chunks import ServedArray, position_of
-from cellimg_dask.viewer.documents import Codec, as_bytes, image_documents
-from cellimg_dask.viewer.layers import Layer
-from cellimg_dask.viewer.work import Work
+from cellimg_dask.server.chunks import ServedArray, position_of
+from cellimg_dask.server.documents import Codec, as_bytes, image_documents
+from cellimg_dask.server.layers import Layer
+from cellimg_dask.server.work import Work
 
 __all__ = ["Document", "ServedLayer"]
 

@@ -17,7 +17,7 @@ from cellimg_dask.image.input import Input, checked_fill
 from cellimg_dask.image.space_of import space_of
 from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Pyramid, original, pyramid
-from cellimg_dask.viewer.documents import check_dtype
+from cellimg_dask.server.documents import check_dtype
 
 __all__ = ["Layer", "Layers", "as_layer", "as_layers"]
 

@@ -7,7 +7,7 @@ import pytest
 
 import cellimg_dask as ci
 from cellimg_dask.geometry import Space
-from cellimg_dask.viewer.layers import Layer, Layers, as_layers
+from cellimg_dask.server.layers import Layer, Layers, as_layers
 
 IMAGE = np.arange(24, dtype="u2").reshape(4, 6)
 

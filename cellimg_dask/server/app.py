@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from cellimg_dask.geometry import as_int
 from cellimg_dask.loading.loader import CellLoader
-from cellimg_dask.viewer.answers import (
+from cellimg_dask.server.answers import (
     BYTES,
     JSON,
     NO_STORE,
@@ -26,13 +26,13 @@ from cellimg_dask.viewer.answers import (
     plain,
     ranged,
 )
-from cellimg_dask.viewer.chunks import ServedArray, position_of
-from cellimg_dask.viewer.documents import Codec, as_bytes, root_documents
-from cellimg_dask.viewer.layers import Layer, Layers
-from cellimg_dask.viewer.page import PAGE
-from cellimg_dask.viewer.served import Document, ServedLayer
-from cellimg_dask.viewer.waiting import Receive, Waiting
-from cellimg_dask.viewer.work import Work
+from cellimg_dask.server.chunks import ServedArray, position_of
+from cellimg_dask.server.documents import Codec, as_bytes, root_documents
+from cellimg_dask.server.layers import Layer, Layers
+from cellimg_dask.server.page import PAGE
+from cellimg_dask.server.served import Document, ServedLayer
+from cellimg_dask.server.waiting import Receive, Waiting
+from cellimg_dask.server.work import Work
 
 __all__ = ["ServerApp", "checked_token"]
 

@@ -14,10 +14,10 @@ import numpy as np
 from cellimg_dask.geometry import CellGrid, Space
 from cellimg_dask.image.describe import size_text
 from cellimg_dask.io.ome import image_attributes
+from cellimg_dask.server.chunks import ServedArray, position_of
+from cellimg_dask.server.documents import array_v3, chunk_shape, group_v3
+from cellimg_dask.server.layers import Layer
 from cellimg_dask.state.cache import get_cache
-from cellimg_dask.viewer.chunks import ServedArray, position_of
-from cellimg_dask.viewer.documents import array_v3, chunk_shape, group_v3
-from cellimg_dask.viewer.layers import Layer
 
 __all__ = ["CACHED", "COMPUTING", "FAILED", "UNKNOWN", "WAITING", "Work"]
 

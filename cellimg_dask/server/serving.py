@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from cellimg_dask.geometry import as_int
 from cellimg_dask.queues.connect import is_local
-from cellimg_dask.viewer.documents import Codec
-from cellimg_dask.viewer.layers import Layers
+from cellimg_dask.server.documents import Codec
+from cellimg_dask.server.layers import Layers
 
 if TYPE_CHECKING:
-    from cellimg_dask.viewer.app import ServerApp
-    from cellimg_dask.viewer.listening import Listening
+    from cellimg_dask.server.app import ServerApp
+    from cellimg_dask.server.listening import Listening
 
 __all__ = ["Server", "asgi_app", "serve"]
 
@@ -172,8 +172,8 @@ def serve(
     >>> negative.stats().loads
     2
     """
-    from cellimg_dask.viewer.app import ServerApp
-    from cellimg_dask.viewer.listening import listen
+    from cellimg_dask.server.app import ServerApp
+    from cellimg_dask.server.listening import listen
 
     number = as_int(port, "port", minimum=0)
     if number > 65535:
@@ -249,7 +249,7 @@ def asgi_app(
     (404, b'not found\n')
     """
     # What HTTP needs is imported where it is used.
-    from cellimg_dask.viewer.app import ServerApp
+    from cellimg_dask.server.app import ServerApp
 
     return ServerApp(
         layers,

@@ -14,8 +14,8 @@ from cellimg_dask.geometry import Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.loading.loader import CellLoader
 from cellimg_dask.ops.pyramid import original
-from cellimg_dask.viewer.documents import Codec, chunk_shape
-from cellimg_dask.viewer.versions import CellVersions
+from cellimg_dask.server.documents import Codec, chunk_shape
+from cellimg_dask.server.versions import CellVersions
 
 __all__ = ["ServedArray", "position_of"]
 

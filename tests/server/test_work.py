@@ -12,8 +12,8 @@ from support import PATIENCE_S
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
-from cellimg_dask.viewer.serving import asgi_app
-from cellimg_dask.viewer.work import CACHED, COMPUTING, FAILED, UNKNOWN, WAITING
+from cellimg_dask.server.serving import asgi_app
+from cellimg_dask.server.work import CACHED, COMPUTING, FAILED, UNKNOWN, WAITING
 
 
 def overlay(reply, shape):

@@ -20,9 +20,9 @@ from support import PATIENCE_S, in_time, until
 
 import cellimg_dask as ci
 from cellimg_dask.loading.crew import get_crew
-from cellimg_dask.viewer import listening
-from cellimg_dask.viewer.layers import Layer
-from cellimg_dask.viewer.serving import serve
+from cellimg_dask.server import listening
+from cellimg_dask.server.layers import Layer
+from cellimg_dask.server.serving import serve
 
 pytest.importorskip("uvicorn")
 
@@ -205,7 +205,7 @@ PROGRAM = """
 import os, sys, threading, time, urllib.error, urllib.request
 import numpy as np
 import cellimg_dask as ci
-from cellimg_dask.viewer.serving import serve
+from cellimg_dask.server.serving import serve
 
 began = threading.Event()
 def f(a):

@@ -1,0 +1,1 @@
+"""Images over HTTP: virtual OME-Zarr, computed while it is read."""
