@@ -313,13 +313,19 @@ class _Facts(tornado.web.RequestHandler):
         self.set_header("Cache-Control", "no-cache")
         self.news.set()
         self.frame._pages.add(self.news)
+        told = None
         try:
             while True:
                 await self.news.wait()
                 self.news.clear()
                 if self.closed:
                     return
-                self.write(f"data: {json.dumps(self.frame.facts)}\n\n")
+                facts = self.frame.facts
+                if facts is told:
+                    # It was told with the change before.
+                    continue
+                told = facts
+                self.write(f"data: {json.dumps(facts)}\n\n")
                 await self.flush()
         except tornado.iostream.StreamClosedError:
             return

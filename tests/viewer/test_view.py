@@ -579,12 +579,16 @@ def test_a_process_that_was_forked_off_does_not_keep_the_ports() -> None:
     with view({"image": lazy()}) as v:
         ports = urlsplit(v.url).port, v.server.port
         read, write = os.pipe()
+        ready, is_ready = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(is_ready, b"x")
             os.close(write)
             os.read(read, 1)
             os._exit(0)
-        os.close(read)
+        os.read(ready, 1)
+        for each in (read, ready, is_ready):
+            os.close(each)
     try:
         for port in ports:
             with pytest.raises(ConnectionRefusedError):
