@@ -200,9 +200,10 @@ def plan(spec: Path, changes: tuple[str, ...]) -> None:
 
 def _plans(spec: Spec, name: str, stages: Stages) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield title and facts of what a stage computes, one after the other."""
-    from cellimg_dask.batch.manifest import pass_of
+    from cellimg_dask.batch.manifest import Manifest, run_folder
     from cellimg_dask.batch.passes import needed_whole, values_from_voxels
     from cellimg_dask.batch.run import image_and_table
+    from cellimg_dask.batch.spec import ImageStage, LabelsStage
     from cellimg_dask.cli.projection import projected
 
     stage = spec.stages[name]
@@ -214,11 +215,20 @@ def _plans(spec: Spec, name: str, stages: Stages) -> Iterator[tuple[str, dict[st
         yield name, {"read by": f"{readers}, and not written", "function": loader.function.name}
         return
     together = getattr(stage, "cells_per_call", None)
+    is_ome_zarr = isinstance(stage, (ImageStage, LabelsStage)) and stage.is_ome_zarr
+    manifest = Manifest(target, f"{run_folder(target)}/0" if is_ome_zarr else None)
     for number, first in enumerate(needed_whole(loader), 1):
-        where = pass_of(target, number)
+        where = manifest.pass_of(number)
         yield f"{name} (pass {number})".strip(), projected(stage, first, where, None)
     if table is None:
-        yield name, projected(stage, loader, target, together)
+        facts = projected(stage, loader, target, together)
+        if isinstance(stage, (ImageStage, LabelsStage)) and stage.is_ome_zarr:
+            from cellimg_dask.io.write_ome_zarr import levels_of
+
+            wanted = stage.ome_zarr
+            levels = levels_of(image, None, wanted.levels, wanted.factors, wanted.method)
+            facts["levels"] = ", ".join(str(level.shape) for level in levels)
+        yield name, facts
         return
     columns = ", ".join(f"{key} {kind}" for key, kind in table.meta.dtypes.items())
     parts = f"a part for each of {loader.grid.num_cells:,} cells, to {target}"

@@ -175,7 +175,7 @@ class OmeGroup:
 
     def _write_group(self, path: str, attributes: dict[str, Any]) -> None:
         front = f"{path}/" if path else ""
-        merged = {**self._attributes(path), **attributes}
+        merged = _merged(self._attributes(path), attributes)
         if self.version == "0.4":
             self._put(f"{front}.zgroup", {"zarr_format": 2})
             self._put(f"{front}.zattrs", merged)
@@ -195,6 +195,21 @@ class OmeGroup:
         for path in {*groups, *images}:
             for name in ("zarr.json", ".zgroup", ".zattrs"):
                 self._folder.remove(f"{path}/{name}" if path else name)
+
+
+def _merged(there: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata with what is new in it, and all else that others have put there.
+
+    Colours of channels and of labels stand beside what is written here, in the same objects.
+    """
+    merged = dict(there)
+    for key, value in new.items():
+        known = merged.get(key)
+        if isinstance(value, dict) and isinstance(known, dict):
+            merged[key] = _merged(known, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def _labels_in(attributes: Mapping[str, Any]) -> list[str]:

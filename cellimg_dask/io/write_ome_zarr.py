@@ -29,7 +29,7 @@ from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Factors, Pyramid, pyramid
 from cellimg_dask.queues.block_queue import BlockQueue
 
-__all__ = ["OmeZarrReport", "write_ome_zarr"]
+__all__ = ["OmeZarrReport", "levels_of", "write_ome_zarr"]
 
 _ORDER = ("time", "channel", None, "space")
 
@@ -212,8 +212,9 @@ verify, max_memory, timeout_s
         timeout_s=timeout_s,
         progress=progress,
     )
+    replaces_all = overwrite and img is not None
     for image in images:
-        for place in [where] if overwrite else [f"{where}/{place}" for place in image.places]:
+        for place in [where] if replaces_all else [f"{where}/{place}" for place in image.places]:
             check_apart(image.levels, place)
     report = OmeZarrReport(where)
     with group.lock():
@@ -250,7 +251,7 @@ class _Image:
         storing: Mapping[str, Any],
     ) -> _Image:
         """Return an image, checked."""
-        images = _levels(value, kind, *choice)
+        images = levels_of(value, kind, *choice)
         what = path or "the image"
         for image in images:
             _check_axes(image.space.named, what)
@@ -303,7 +304,7 @@ class _Image:
             stored[loader] = reader_of(where)
 
 
-def _levels(
+def levels_of(
     value: Any, kind: str | None, levels: Any, factors: Any, method: Any
 ) -> Sequence[CellImg]:
     """Return the levels of an image as it was given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -146,7 +147,10 @@ def test_a_spec_writes_ome_zarr(run, folder):
     assert run("status", "spec.yaml").exit_code == 0
     again = run("run", "spec.yaml", "--no-progress")
     assert "0 cells computed" in again.stdout
-    assert run("plan", "spec.yaml").exit_code == 0
+    plan = run("plan", "spec.yaml")
+    assert plan.exit_code == 0
+    assert re.search(r"levels +\(20, 30\), \(10, 15\)\n", plan.stdout)
+    assert "objects.ome.zarr.run/0/pass1.zarr" in plan.stdout
 
 
 def test_a_file_is_viewed(run, folder):

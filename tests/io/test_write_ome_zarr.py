@@ -434,8 +434,40 @@ def test_what_is_somebody_else_s_stays(tmp_path: Path) -> None:
     quiet(image, tmp_path / "a.zarr")
     group = zarr.open_group(tmp_path / "a.zarr", mode="r+")
     group.attrs["mine"] = 1
+    group.attrs["ome"] = {**group.attrs["ome"], "omero": {"channels": []}}
     quiet(image, tmp_path / "a.zarr")
-    assert zarr.open_group(tmp_path / "a.zarr", mode="r").attrs["mine"] == 1
+    again = zarr.open_group(tmp_path / "a.zarr", mode="r").attrs
+    assert again["mine"] == 1
+    assert again["ome"]["omero"] == {"channels": []}
+
+
+@VERSIONS
+def test_colours_of_labels_stay(tmp_path: Path, version: Any) -> None:
+    path = tmp_path / "a.zarr"
+    quiet(VOLUME, path, labels={"x": VOLUME}, version=version, levels=1)
+    group = zarr.open_group(path / "labels/x", mode="r+")
+    colours = {"colors": [{"label-value": 1, "rgba": [255, 0, 0, 255]}]}
+    if version == "0.4":
+        group.attrs["image-label"] = {**group.attrs["image-label"], **colours}
+    else:
+        group.attrs["ome"] = {**group.attrs["ome"], "image-label": colours}
+    quiet(None, path, labels={"x": VOLUME}, levels=1)
+    found = attributes(path / "labels/x", version)["image-label"]
+    assert found["colors"] == colours["colors"]
+
+
+def test_labels_of_an_image_made_of_itself_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    quiet(VOLUME, path, levels=1)
+    for threshold in (400, 600):
+        mask = ci.map_cells(_above, ci.open_image(path), dtype=bool, params={"value": threshold})
+        quiet(None, path, labels={"x": ci.label(mask)}, overwrite=True)
+        found = np.asarray(ci.open_image(path).labels["x"])
+        np.testing.assert_array_equal(found > 0, threshold < VOLUME)
+
+
+def _above(block: NDArray[Any], value: int) -> NDArray[np.bool_]:
+    return block > value
 
 
 @pytest.mark.parametrize(
