@@ -173,7 +173,8 @@ def test_a_jump_in_an_image_of_2e15_voxels(show: Any, browser: Any) -> None:
     )
     shown = show({"image": image}, layout="xy")
     shown.wait(TIMEOUT_S)
-    assert counted.take() == visible_cells(browser, image.grid)
+    # While the page is laid out for the first time its panel may be larger for a moment.
+    assert set(visible_cells(browser, image.grid)) <= set(counted.take())
 
     shown.move_to((12_345, 140_000, 7_000))
     shown.wait(TIMEOUT_S)
