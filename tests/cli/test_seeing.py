@@ -119,6 +119,22 @@ def test_a_file_and_a_store_are_served(folder):
             assert {layer["name"] for layer in json.load(answer)["layers"]} == {"in", "second"}
 
 
+@pytest.mark.parametrize("said", [(), ("--labels", "it cells")])
+def test_the_labels_of_a_store_are_served(folder, said):
+    labels = ci.map_cells(np.copy, (IMAGE > 100).astype("i4"), dtype="i4", cell_shape=16)
+    ci.write_ome_zarr(
+        ci.map_cells(np.copy, IMAGE, dtype="u1", cell_shape=16),
+        "it.ome.zarr",
+        labels={"cells": labels},
+        progress=False,
+    )
+    with serving("it.ome.zarr", *said) as addresses:
+        assert list(addresses) == ["it", "it cells", "status"]
+        found = zarr.open_group(addresses["it cells"].replace(" ", "%20"), mode="r")
+        np.testing.assert_array_equal(found["0"][:], IMAGE > 100)
+        assert "image-label" in found.attrs["ome"]
+
+
 def test_a_spec_is_computed_while_it_is_looked_at(folder):
     expected = ndimage.gaussian_filter(IMAGE.astype("f4"), 1)
     with serving("spec.yaml", "--no-token") as addresses:
