@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import click
 
@@ -65,15 +66,25 @@ def serve(
     """
     if no_token and token is not None:
         raise click.UsageError("--token and --no-token contradict one another")
+    require("uvicorn", "view")
     with _layers(images, labels) as layers:
         secret = None if no_token else token or "random"
         try:
             server = ci.serve(layers, host=host, port=port, token=secret, compression=compression)
+        except PermissionError as error:
+            if error.errno is not None:
+                # Of the operating system, for instance because of the port.
+                raise click.ClickException(str(error)) from error
+            raise click.ClickException(
+                f"{host} can be reached by other machines, and what is sent is not encrypted: "
+                f"whoever finds the address reads all layers. Leave out --host (reached from "
+                f"elsewhere by ssh -L), or choose a token yourself: --token NAME"
+            ) from error
         except (OSError, ValueError) as error:
             raise click.ClickException(str(error)) from error
         with server:
             for name in server.layers:
-                click.echo(f"{name}  {server.url}/{name}")
+                click.echo(f"{name}  {server.url}/{quote(name)}")
             click.echo(f"status  {server.url}/@status")
             _until_interrupted()
 
@@ -101,6 +112,7 @@ def view(
     interrupted.
     """
     require("neuroglancer", "view")
+    require("uvicorn", "view")
     with _layers(images, labels) as layers:
         try:
             viewer = ci.view(layers, port=port)

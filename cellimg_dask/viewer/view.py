@@ -75,6 +75,12 @@ class View(Looking):
         given = as_layers(layers)
         # The page is of another origin.
         options.setdefault("allow_origin", "*")
+        if options.get("token", "random") is None and options["allow_origin"] == "*":
+            raise ValueError(
+                "a view needs a token: its page is of another origin than the data, so pages of "
+                "all origins may read, and without a token any web page could read all layers. "
+                "Leave token out, choose one, or say which pages may read: allow_origin="
+            )
         self.server: Server = serve({}, host=host, **options)
         try:
             self._frame = Frame(secrets.token_urlsafe(16), host, port, self._answer)

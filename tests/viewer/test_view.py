@@ -614,3 +614,12 @@ def test_pictures_without_any_browser(monkeypatch: pytest.MonkeyPatch, shown: Vi
         shown.screenshot()
     with pytest.raises((TypeError, ValueError), match="size"):
         shown.screenshot(size=(0, 10))
+
+
+def test_a_view_without_a_token_is_not_open_to_all_pages() -> None:
+    with pytest.raises(ValueError, match="a view needs a token"):
+        view(lazy(), token=None)
+    with view(lazy(), token=None, allow_origin="http://localhost:1") as shown:
+        assert shown.server.token is None
+    with view(lazy(), token="chosen") as shown:
+        assert shown.server.token == "chosen"
