@@ -24,6 +24,6 @@ COLORS = frozenset(
     saddlebrown salmon sandybrown seagreen seashell sienna silver skyblue slateblue
     slategray slategrey snow springgreen steelblue tan teal thistle tomato turquoise violet
     wheat white whitesmoke yellow yellowgreen
-    """.split()
+    """.split()  # noqa: SIM905 - to be read
 )
 """All that CSS knows, in small letters."""

@@ -647,5 +647,5 @@ def test_a_view_without_layers_says_so() -> None:
             lambda: shown.zoom(1),
             lambda: shown.move_to((0, 0, 0)),
         ):
-            with pytest.raises(ValueError, match="has no layers yet: view.add"):
+            with pytest.raises(ValueError, match="the view has no layers yet"):
                 ask()
