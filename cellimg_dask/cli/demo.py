@@ -79,6 +79,7 @@ def demo(
         require(module, "demo")
     if look:
         require("neuroglancer", "view")
+        require("uvicorn", "view")
     with _opened(image) as (label, stored):
         task = _plan(label, stored, cell)
         _prepare(out, image)

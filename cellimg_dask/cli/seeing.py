@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import click
 
@@ -65,15 +66,25 @@ def serve(
     """
     if no_token and token is not None:
         raise click.UsageError("--token and --no-token contradict one another")
+    require("uvicorn", "view")
     with _layers(images, labels) as layers:
         secret = None if no_token else token or "random"
         try:
             server = ci.serve(layers, host=host, port=port, token=secret, compression=compression)
+        except PermissionError as error:
+            if error.errno is not None:
+                # Of the operating system, for instance because of the port.
+                raise click.ClickException(str(error)) from error
+            raise click.ClickException(
+                f"{host} can be reached by other machines, and what is sent is not encrypted: "
+                f"whoever finds the address reads all layers. Leave out --host (reached from "
+                f"elsewhere by ssh -L), or choose a token yourself: --token NAME"
+            ) from error
         except (OSError, ValueError) as error:
             raise click.ClickException(str(error)) from error
         with server:
             for name in server.layers:
-                click.echo(f"{name}  {server.url}/{name}")
+                click.echo(f"{name}  {server.url}/{quote(name)}")
             click.echo(f"status  {server.url}/@status")
             _until_interrupted()
 
@@ -101,6 +112,7 @@ def view(
     interrupted.
     """
     require("neuroglancer", "view")
+    require("uvicorn", "view")
     with _layers(images, labels) as layers:
         try:
             viewer = ci.view(layers, port=port)
@@ -157,42 +169,46 @@ def _layers(images: Sequence[str], labels: Sequence[str]) -> Iterator[dict[str, 
     """Open what is to be shown, by the names of layers."""
     with ExitStack() as stack:
         found: dict[str, Any] = {}
+        as_labels = set(labels)
         for given in images:
-            for name, image in _opened(given, stack):
+            for name, image, is_labels in _opened(given, stack):
                 if name in found:
                     raise click.UsageError(
                         f"two layers are called {name}; give another name: NAME={given}"
                     )
                 found[name] = image
+                if is_labels:
+                    as_labels.add(name)
         for name in labels:
             if name not in found:
                 raise click.UsageError(f"--labels {name}: the layers are {', '.join(found)}")
         layers = {}
         for name, image in found.items():
             try:
-                layers[name] = ci.Layer(image, kind="labels" if name in labels else None)
+                layers[name] = ci.Layer(image, kind="labels" if name in as_labels else None)
             except (TypeError, ValueError) as error:
                 raise click.ClickException(f"{name}: {error}") from error
         yield layers
 
 
-def _opened(given: str, stack: ExitStack) -> Iterator[tuple[str, Any]]:
-    """Yield the images behind an argument, by name."""
+def _opened(given: str, stack: ExitStack) -> Iterator[tuple[str, Any, bool]]:
+    """Yield the images behind an argument: name, image, and whether it is known to be labels."""
     name, has_name, path = given.partition("=")
     if not has_name or "/" in name or "." in name:
         name, path = "", given
     if path.endswith((".yaml", ".yml")):
         if name:
             raise click.UsageError(f"{given}: the layers of a spec are called as its stages are")
-        yield from _of_spec(Path(path), stack)
+        for stage, made in _of_spec(Path(path), stack):
+            yield stage, made, False
         return
     try:
         image = stack.enter_context(ci.open_image(path))
     except (OSError, ValueError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    yield name or _stem(path), image
+    yield name or _stem(path), image, False
     for label, stored in image.labels.items():
-        yield f"{name or _stem(path)} {label}", ci.Layer(stored, kind="labels")
+        yield f"{name or _stem(path)} {label}", stored, True
 
 
 def _stem(path: str) -> str:

@@ -14,9 +14,9 @@ from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import map_cells
 from cellimg_dask.image.input import as_input
 from cellimg_dask.image.space_of import space_of
+from cellimg_dask.ops.boxes import boxes_of, find_objects
 from cellimg_dask.ops.pyramid import original
 from cellimg_dask.ops.surfaces import Mesh
-from cellimg_dask.ops.tables import region_table
 
 __all__ = ["mesh"]
 
@@ -26,6 +26,10 @@ _STEPS = tuple(product((0, 1), repeat=3))
 """From a block to itself and to those behind it, along each axis."""
 _AT_ONCE = 8
 """Blocks that are asked for together."""
+
+
+class NoObjectError(ValueError):
+    """There is no voxel of an object where it was looked for."""
 
 
 @overload
@@ -63,7 +67,7 @@ def mesh(
     The same triangles as `skimage.measure.marching_cubes` finds for the object's mask in the whole
     image, at level 0.5, with a voxel of background around the image so that every surface is
     closed. Cells are gone through a few at a time, so an object may be larger than memory is.
-    Without ``boxes`` and ``seeds`` all cells of the image are looked at, by `region_table`.
+    Without ``boxes`` and ``seeds`` all cells of the image are looked at.
 
     Parameters
     ----------
@@ -121,7 +125,9 @@ def mesh(
         places = _for_each(seeds, wanted, "seeds")
         found = {label: _flooded(image, grid, label, places[label]) for label in wanted}
     else:
-        where = _boxes(boxes if boxes is not None else _table(labels), wanted, image.shape)
+        if boxes is None:
+            boxes = _found(labels, wanted)
+        where = _boxes(boxes, wanted, image.shape)
         found = {label: _in_box(image, grid, label, where[label]) for label in wanted}
     meshes = {
         label: _surface(image, grid, label, blocks, steps, space) for label, blocks in found.items()
@@ -147,8 +153,16 @@ def _as_image(labels: Any) -> CellImg:
 # ------------------------------------------------------------------------- where the objects are
 
 
-def _table(labels: Any) -> Any:
-    return region_table(labels, properties=["label", "bbox"]).compute()
+def _found(labels: Any, wanted: list[int]) -> dict[int, Roi]:
+    boxes = boxes_of(find_objects(labels), wanted)
+    _check_there(boxes, wanted)
+    return boxes
+
+
+def _check_there(boxes: Mapping[int, Roi], wanted: list[int]) -> None:
+    for label in wanted:
+        if label not in boxes:
+            raise NoObjectError(f"there is no object {label} in the image")
 
 
 def _boxes(boxes: Any, wanted: list[int], shape: tuple[int, ...]) -> dict[int, Roi]:
@@ -166,9 +180,7 @@ def _boxes(boxes: Any, wanted: list[int], shape: tuple[int, ...]) -> dict[int, R
             label: Roi(tuple(ends[:3]), tuple(ends[3:]))
             for label, *ends in zip(*columns, strict=True)
         }
-        for label in wanted:
-            if label not in boxes:
-                raise ValueError(f"there is no object {label} in the image")
+        _check_there(boxes, wanted)
     given = _for_each(boxes, wanted, "boxes")
     for label, box in given.items():
         if not isinstance(box, Roi) or box.ndim != 3:
@@ -192,7 +204,7 @@ def _in_box(image: CellImg, grid: CellGrid, label: int, box: Roi) -> set[_Positi
     blocks = [cell.position for cell in grid.cells_in(box)] if box.size else []
     found = {position for position, mask in _masks(image, grid, label, blocks) if mask.any()}
     if not found:
-        raise ValueError(f"there is no voxel of object {label} in {box}")
+        raise NoObjectError(f"there is no voxel of object {label} in {box}")
     return found
 
 
@@ -206,7 +218,7 @@ def _flooded(image: CellImg, grid: CellGrid, label: int, seed: Any) -> set[_Posi
             )
     there = int(image[place])
     if there != label:
-        raise ValueError(f"the seed {place} of object {label} is a voxel of {there}")
+        raise NoObjectError(f"the seed {place} of object {label} is a voxel of {there}")
     first = tuple(voxel // size for voxel, size in zip(place, grid.cell_shape, strict=True))
     found: set[_Position] = set()
     seen, wave = {first}, [first]
@@ -279,7 +291,7 @@ def _surface(
         count += len(corners)
     joined = np.concatenate(vertices)
     if not len(joined):
-        raise ValueError(
+        raise NoObjectError(
             f"no voxel of object {label} is among those that step_size {steps} looks at; give a "
             f"smaller step_size"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from numbers import Real
@@ -17,6 +18,7 @@ from cellimg_dask.image.input import Input, checked_fill
 from cellimg_dask.image.space_of import space_of
 from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Pyramid, original, pyramid
+from cellimg_dask.server.colors import COLORS
 from cellimg_dask.server.documents import check_dtype
 
 __all__ = ["Layer", "Layers", "as_layer", "as_layers"]
@@ -147,6 +149,7 @@ class Layers(MutableMapping[str, Layer]):
 
     def __init__(self, layers: Any = ()) -> None:
         self._items: dict[str, Layer] = as_layers(layers)
+        self._lock = threading.Lock()
 
     @property
     def all(self) -> Mapping[str, Layer]:
@@ -157,12 +160,15 @@ class Layers(MutableMapping[str, Layer]):
         return self._items[name]
 
     def __setitem__(self, name: str, image: Any) -> None:
-        self._items = {**self._items, _checked_name(name): as_layer(image)}
+        made = {_checked_name(name): as_layer(image)}
+        with self._lock:
+            self._items = {**self._items, **made}
 
     def __delitem__(self, name: str) -> None:
-        rest = dict(self._items)
-        del rest[name]
-        self._items = rest
+        with self._lock:
+            rest = dict(self._items)
+            del rest[name]
+            self._items = rest
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)
@@ -363,9 +369,10 @@ def _color(value: Any) -> str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        if not re.fullmatch(r"#[0-9a-fA-F]{6}|[A-Za-z]+", value):
-            raise ValueError(f'color must be a name or "#rrggbb", got {value!r}')
-        return value
+        # A shader with another name would show nothing.
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", value) and value.lower() not in COLORS:
+            raise ValueError(f'color must be a name that CSS knows or "#rrggbb", got {value!r}')
+        return value.lower()
     if not isinstance(value, Iterable):
         raise TypeError(f'color must be a name, "#rrggbb" or three numbers, got {value!r}')
     parts = [_part(part, "color") for part in value]

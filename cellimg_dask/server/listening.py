@@ -22,7 +22,6 @@ _DEAD_S = 60, 15, 4
 """When a silent connection is first asked whether it is still there, how often, and how often in
 vain."""
 _GRACE_S = 2
-_START_S = 30
 
 
 class Listening:

@@ -204,7 +204,7 @@
     };
 
     const send = async (each) => {
-      if (each.isSending) return;
+      if (each.isSending || each.failed) return;
       each.isSending = true;
       try {
         while (each.sent < each.points.length || (each.ended && !each.done)) {
@@ -222,6 +222,8 @@
           });
         }
       } catch (error) {
+        // All that follows would fail as well.
+        each.failed = true;
         each.trail.remove();
         report(error);
       } finally {

@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import unquote
 
 import neuroglancer
 import tornado.ioloop
@@ -283,9 +282,7 @@ class _Mesh(tornado.web.RequestHandler):
         # First what the page has said before.
         await loop.run_in_executor(self.frame._answering, lambda: None)
         try:
-            found = await loop.run_in_executor(
-                self.frame._meshing, self.frame.find_mesh, unquote(path)
-            )
+            found = await loop.run_in_executor(self.frame._meshing, self.frame.find_mesh, path)
         except Exception as error:
             _logger.warning("a surface could not be made: %s", error)
             self.set_status(500)

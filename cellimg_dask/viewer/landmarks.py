@@ -61,6 +61,7 @@ class Landmarks:
             view._layer(name)
             self._spaces[side] = view.server.layers[name].space.named
         self._callbacks: list[Callable[[Landmarks], object]] = []
+        self._untold = self._telling = False
         self._lock = threading.RLock()
         self._layers = {side: f"landmarks of {name}" for side, name in self.names.items()}
         for name in self._layers.values():
@@ -117,7 +118,9 @@ class Landmarks:
     def on_change(self, callback: Callable[[Landmarks], object]) -> Callable[[Landmarks], object]:
         """Have ``callback(landmarks)`` called when a point was placed, moved or deleted.
 
-        It is called by a thread of the viewer's server. One that raises is logged.
+        It is called by a thread of its own, one call after another, and may read images and take
+        pictures. One that raises is logged. Of changes that come while it runs it may be told
+        once.
 
         Returns
         -------
@@ -335,16 +338,34 @@ class Landmarks:
                 for before, after in zip(self._known, now, strict=True)
             )
             self._known = now
-            callbacks = [] if same else list(self._callbacks)
-        for callback in callbacks:
-            try:
-                callback(self)
-            except Exception:
-                import logging
+            if same or not self._callbacks:
+                return
+            self._untold = True
+            if not self._telling:
+                # Not by this thread, which is the one that answers all pages.
+                self._telling = True
+                threading.Thread(target=self._tell, name="cellimg-landmarks", daemon=True).start()
 
-                logging.getLogger("cellimg_dask").exception(
-                    "%r, called because a landmark has changed, raised", callback
-                )
+    def _tell(self) -> None:
+        while True:
+            with self._lock:
+                if self._closed or not self._untold:
+                    self._telling = False
+                    return
+                self._untold = False
+                callbacks = list(self._callbacks)
+            for callback in callbacks:
+                self._call(callback)
+
+    def _call(self, callback: Callable[[Landmarks], object]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            import logging
+
+            logging.getLogger("cellimg_dask").exception(
+                "%r, called because a landmark has changed, raised", callback
+            )
 
     def _checked(self, side: str, point: Sequence[float]) -> NDArray[np.float64]:
         found = np.asarray(point, float)

@@ -43,7 +43,7 @@ class Looking:
     @property
     def position(self) -> tuple[float, ...]:
         """Voxel of the first layer that is in the middle, in the order of its axes."""
-        return self.position_in(next(iter(self._given)))
+        return self.position_in(self._first())
 
     @position.setter
     def position(self, voxel: Sequence[float]) -> None:
@@ -75,7 +75,7 @@ class Looking:
         in_units : bool
             Whether the position is in the layer's units instead.
         """
-        name = next(iter(self._given)) if layer is None else layer
+        name = self._first() if layer is None else layer
         space = self._shown_layer(name).space
         place = [float(part) for part in position]
         if len(place) != space.ndim:
@@ -95,7 +95,7 @@ class Looking:
         if not number > 0:
             raise ValueError(f"voxels_per_pixel must be positive, got {voxels_per_pixel}")
 
-        space = self._shown_layer(next(iter(self._given))).space
+        space = self._shown_layer(self._first()).space
         with self.viewer.txn() as state:
             shown = state.dimensions
             canonical = min(float(scale) for scale in shown.scales[:3])
@@ -190,6 +190,12 @@ class Looking:
         wanted = [int(label) for label in labels]
         with self.viewer.txn() as state:
             state.layers[name].segments = wanted
+
+    def _first(self) -> str:
+        self._check_open()
+        for name in self._given:
+            return name
+        raise ValueError("the view has no layers yet: view.add(name, image)")
 
     def _layer(self, name: str) -> Layer:
         self._check_open()

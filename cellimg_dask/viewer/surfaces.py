@@ -12,8 +12,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from cellimg_dask.ops.meshes import mesh
-from cellimg_dask.ops.tables import region_table
+from cellimg_dask.geometry import Roi, as_ints
+from cellimg_dask.ops.boxes import boxes_of, find_objects
+from cellimg_dask.ops.meshes import NoObjectError, mesh
+from cellimg_dask.ops.objects import Objects
 from cellimg_dask.server.layers import Layer
 from cellimg_dask.viewer.units import factor_of, voxels_at
 
@@ -46,10 +48,10 @@ class Surfaces:
         self.edition = 0
         """Counts the changes of the labels that pages have been told of."""
         self._image = layer.image.with_space(layer.space)
-        self._step_size = step_size
+        self._step_size = as_ints(step_size, "step_size", ndim=3, minimum=1)
         self._seeds: dict[int, tuple[int, ...]] = {}
         self._known: OrderedDict[tuple[int, int], bytes | None] = OrderedDict()
-        self._table: tuple[int, Any] | None = None
+        self._objects: tuple[int, Objects] | None = None
         self._lock = threading.Lock()
         # A surface is computed by one thread; the cells that it needs by all.
         self._computing = threading.Lock()
@@ -125,19 +127,26 @@ class Surfaces:
                 f"to look for label {label} would take all {self._image.grid.num_cells:,} cells; "
                 f"select it by a double click on it"
             )
+        if label == 0:
+            return None
+        where: dict[str, Any]
+        if seed is None:
+            boxes = self._boxes(label)
+            if not boxes:
+                return None
+            where = {"boxes": boxes}
+        else:
+            where = {"seeds": {label: seed}}
         try:
-            where: dict[str, Any]
-            where = {"boxes": self._boxes()} if seed is None else {"seeds": {label: seed}}
             made = mesh(self._image, label, step_size=self._step_size, **where)
-        except ValueError:
+        except NoObjectError:
             # There is no such label, or no more.
             return None
         return made.to_neuroglancer()
 
-    def _boxes(self) -> Any:
-        """Return the table of all objects and their boxes."""
+    def _boxes(self, label: int) -> dict[int, Roi]:
+        """Return the box of an object, if there is such a one."""
         edition = self._image.loader.edition
-        if self._table is None or self._table[0] != edition:
-            table = region_table(self._image, properties=["label", "bbox"]).compute()
-            self._table = edition, table
-        return self._table[1]
+        if self._objects is None or self._objects[0] != edition:
+            self._objects = edition, find_objects(self._image)
+        return boxes_of(self._objects[1], [label])

@@ -9,6 +9,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -71,10 +72,17 @@ class View(Looking):
         self._brush: Brush | None = None
         self._landmarks: list[Landmarks] = []
         self._surfaces: dict[str, Surfaces] = {}
+        self._unseen: set[str] = set()
         self._closed = False
         given = as_layers(layers)
         # The page is of another origin.
         options.setdefault("allow_origin", "*")
+        if options.get("token", "random") is None and options["allow_origin"] == "*":
+            raise ValueError(
+                "a view needs a token: its page is of another origin than the data, so pages of "
+                "all origins may read, and without a token any web page could read all layers. "
+                "Leave token out, choose one, or say which pages may read: allow_origin="
+            )
         self.server: Server = serve({}, host=host, **options)
         try:
             self._frame = Frame(secrets.token_urlsafe(16), host, port, self._answer)
@@ -83,6 +91,7 @@ class View(Looking):
             raise
         self._frame.find_mesh = self._find_mesh
         self.viewer: Any = FrameViewer(self._frame)
+        self.viewer.shared_state.add_changed_callback(self._look_later)
         try:
             placed = [layer.space for layer in given.values()]
             for name, layer in given.items():
@@ -148,6 +157,7 @@ class View(Looking):
             self._editions.forget(name)
             self._editions.forget(self._scene.work_name(name))
             self._surfaces.pop(name, None)
+            self._unseen.discard(name)
         with self.viewer.txn() as state:
             for each in (name, self._scene.work_name(name)):
                 if each in state.layers:
@@ -474,9 +484,33 @@ class View(Looking):
             self._find_contrast(name)
 
     def _find_contrast(self, name: str) -> None:
+        """Have a range of values found; of a layer that is hidden once it is shown."""
         shown = self._shown_layer(name)
-        if shown.kind == "image" and shown.contrast is None:
+        if shown.kind != "image" or shown.contrast is not None:
+            return
+        layers = self.viewer.state.layers
+        if name in layers and not layers[name].visible:
+            self._unseen.add(name)
+        else:
             find_contrast(shown.images[-1], lambda found: self._set_contrast(name, found))
+
+    def _look_later(self) -> None:
+        # The state is locked while it says that it has changed.
+        if self._unseen:
+            self.viewer.defer_callback(self._look)
+
+    def _look(self) -> None:
+        layers = self.viewer.state.layers
+        with self._lock:
+            if self._closed:
+                return
+            self._unseen &= self._given.keys()
+            seen = [name for name in self._unseen if name in layers and layers[name].visible]
+            self._unseen.difference_update(seen)
+        for name in seen:
+            # Unless it was removed meanwhile.
+            with suppress(KeyError):
+                self._find_contrast(name)
 
     def _set_contrast(self, name: str, contrast: tuple[float, float]) -> None:
         if not self._closed:
@@ -494,6 +528,7 @@ class View(Looking):
             if self._closed:
                 return
             self._closed = True
+        self.viewer.shared_state.remove_changed_callback(self._look_later)
         self._editions.close()
         if self._brush is not None:
             self._brush.close()

@@ -120,6 +120,22 @@ def test_a_file_and_a_store_are_served(folder):
             assert {layer["name"] for layer in json.load(answer)["layers"]} == {"in", "second"}
 
 
+@pytest.mark.parametrize("said", [(), ("--labels", "it cells")])
+def test_the_labels_of_a_store_are_served(folder, said):
+    labels = ci.map_cells(np.copy, (IMAGE > 100).astype("i4"), dtype="i4", cell_shape=16)
+    ci.write_ome_zarr(
+        ci.map_cells(np.copy, IMAGE, dtype="u1", cell_shape=16),
+        "it.ome.zarr",
+        labels={"cells": labels},
+        progress=False,
+    )
+    with serving("it.ome.zarr", *said) as addresses:
+        assert list(addresses) == ["it", "it cells", "status"]
+        found = zarr.open_group(addresses["it cells"], mode="r")
+        np.testing.assert_array_equal(found["0"][:], IMAGE > 100)
+        assert "image-label" in found.attrs["ome"]
+
+
 def test_a_spec_is_computed_while_it_is_looked_at(folder):
     expected = ndimage.gaussian_filter(IMAGE.astype("f4"), 1)
     with serving("spec.yaml", "--no-token") as addresses:
@@ -176,6 +192,14 @@ def test_the_demo_is_viewed(folder):
     assert Path("demo-output/preview.png").is_file()
 
 
+@pytest.mark.parametrize("command", [("serve", "in.tif"), ("view", "in.tif"), ("demo", "--view")])
+def test_without_a_server_the_extra_is_named(run, folder, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    refused = run(*command)
+    assert refused.exit_code == 1, refused.output
+    assert "pip install 'cellimg-dask[view]'" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -202,6 +226,7 @@ def test_specs_that_cannot_be_written(run, folder, changes, message):
         (("a=spec.yaml",), 2, "called as its stages are"),
         (("in.tif", "--token", "x", "--no-token"), 2, "contradict"),
         (("in.tif", "--host", "0.0.0.0"), 1, "can be reached by other machines"),
+        (("in.tif", "--host", "0.0.0.0"), 1, "choose a token yourself: --token NAME"),
         (("in.tif", "--token", "a/b"), 1, "a token is made of"),
         (("smooth=filters.py",), 1, "filters.py"),
         ((), 2, "Missing argument"),

@@ -311,3 +311,18 @@ def test_a_table_without_boxes():
     table = ci.region_table(LABELS, properties=["label"]).compute()
     with pytest.raises(ValueError, match="no column 'bbox-0'"):
         mesh(LABELS, 2, boxes=table)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i8", "u8", "?"])
+def test_boxes_are_found_without_a_table(dtype):
+    labels = np.zeros((5, 6, 7), dtype)
+    labels[1:3, 2:5, 3:] = 1
+    label = 1
+    if dtype == "u8":
+        label = 2**63 + 1
+        labels[labels == 1] = label
+    surface = mesh(cells_of(labels, (2, 4, 3)), label)
+    vertices, faces = whole(labels, label)
+    assert triangles(surface.vertices, surface.faces) == triangles(vertices, faces)
+    with pytest.raises(ValueError, match="there is no object 5 in the image"):
+        mesh(np.zeros((0, 3, 3), dtype), 5)

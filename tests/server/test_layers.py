@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -146,6 +149,7 @@ def test_how_many_voxels_make_one_follows_from_the_shapes(extent, shorter, facto
         (IMAGE, {"contrast": (3, 3)}, ValueError, "contrast"),
         (IMAGE, {"contrast": (0, np.inf)}, ValueError, "contrast"),
         (IMAGE, {"color": "url(x)"}, ValueError, "color"),
+        (IMAGE, {"color": "reddish"}, ValueError, "a name that CSS knows"),
         (IMAGE, {"color": (1, 0)}, ValueError, "color"),
         (IMAGE, {"color": (1, 0, 2)}, ValueError, "color"),
         (IMAGE, {"color": 3}, TypeError, "color"),
@@ -227,3 +231,20 @@ def test_layers_are_a_mapping_of_what_was_given():
         as_layers({3: IMAGE})
     with pytest.raises(TypeError, match="layer 'it': "):
         as_layers({"it": "no image"})
+
+
+def test_layers_added_by_several_threads_are_all_there(monkeypatch):
+    layers = Layers()
+    together = threading.Barrier(8)
+
+    def slow(image):
+        together.wait(30)
+        return Layer(image)
+
+    monkeypatch.setattr("cellimg_dask.server.layers.as_layer", slow)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: layers.__setitem__(f"it {n}", IMAGE), range(8)))
+    assert sorted(layers) == [f"it {n}" for n in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(layers.__delitem__, list(layers)))
+    assert not layers

@@ -333,6 +333,28 @@ def grown(counted: Counted, source: ci.Source) -> ci.CellImg:
     return ci.fill_cells(grow, source.grid, source, halo=1, dtype=source.dtype)
 
 
+def test_a_stroke_that_fails_is_told_once(
+    show: Any, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = show({"it": ci.Source(np.zeros((1, 200, 200), "u1"))}, layout="xy")
+    shown.wait(TIMEOUT_S)
+    brush, asked = shown.paint("it"), []
+
+    def fail(message: Any) -> Any:
+        asked.append(message)
+        raise ValueError("not today")
+
+    monkeypatch.setattr(brush, "answer", fail)
+    chain = keys(browser).key_down("p")
+    at(browser, chain, -50, -20).click_and_hold()
+    for x in range(-40, 51, 10):
+        at(browser, chain, x, -20).pause(0.05)
+    chain.release().key_up("p").perform()
+    until(lambda: "not today" in browser.execute_script("return document.body.textContent"))
+    strokes = [message for message in asked if message["kind"] == "stroke"]
+    assert len(strokes) == 1
+
+
 def test_a_stroke_changes_what_rests_on_it_and_nothing_else(
     show: Any, browser: Any, tmp_path: Path
 ) -> None:

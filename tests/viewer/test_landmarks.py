@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,25 @@ def test_what_does_not_fit_is_said(two: View) -> None:
     landmarks = two.landmarks("fixed", "moving")
     with pytest.raises(ValueError, match="a point of 'moving' must have 3 finite numbers"):
         landmarks.add((1, 2, 3), (1, 2))
+
+
+def test_a_callback_may_take_its_time_while_the_page_is_answered(two: View) -> None:
+    landmarks = two.landmarks("fixed", "moving")
+    begun, go_on, told = threading.Event(), threading.Event(), []
+
+    @landmarks.on_change
+    def slow(changed: Any) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        told.append(len(changed))
+
+    landmarks.add(*PAIRS[0])
+    assert begun.wait(60)
+    # The server's thread answers meanwhile.
+    answered = threading.Event()
+    two.viewer.defer_callback(answered.set)
+    assert answered.wait(60)
+    landmarks.add(*PAIRS[1])
+    go_on.set()
+    until(lambda: told[-1:] == [2] and not landmarks._telling)
+    assert len(told) <= 2

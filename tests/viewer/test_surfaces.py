@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import sys
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -110,3 +111,25 @@ def test_what_has_no_surfaces() -> None:
             shown.meshes("image")
         with pytest.raises(ValueError, match="labels in 3 axes, these have 2"):
             shown.meshes("flat")
+
+
+def test_what_goes_wrong_is_not_a_label_that_is_missing(caplog: Any) -> None:
+    def wrong(block: np.ndarray) -> np.ndarray:
+        return block[:1]
+
+    image = ci.map_cells(wrong, balls(), dtype="u4", cell_shape=8)
+    with view({"labels": Layer(image, kind="labels")}) as shown:
+        with pytest.raises(ValueError, match="step_size"):
+            shown.meshes("labels", step_size=0)
+        shown.meshes("labels", [7])
+        status, body = get(shown, "mesh/labels/0/7:0")
+        assert status == 500
+        assert b"wrong" in body
+        assert get(shown, "mesh/labels/0/0")[0] == 404
+
+
+def test_surfaces_need_no_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    surfaces = Surfaces(Layer(balls(), kind="labels"))
+    assert surfaces.answer("0/9") == mesh(balls(), 9).to_neuroglancer()
+    assert surfaces.answer("0/8") is None

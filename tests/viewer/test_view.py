@@ -614,3 +614,38 @@ def test_pictures_without_any_browser(monkeypatch: pytest.MonkeyPatch, shown: Vi
         shown.screenshot()
     with pytest.raises((TypeError, ValueError), match="size"):
         shown.screenshot(size=(0, 10))
+
+
+def test_a_view_without_a_token_is_not_open_to_all_pages() -> None:
+    with pytest.raises(ValueError, match="a view needs a token"):
+        view(lazy(), token=None)
+    with view(lazy(), token=None, allow_origin="http://localhost:1") as shown:
+        assert shown.server.token is None
+    with view(lazy(), token="chosen") as shown:
+        assert shown.server.token == "chosen"
+
+
+def test_of_a_hidden_layer_nothing_is_computed_until_it_is_shown() -> None:
+    image = ci.map_cells(np.copy, np.arange(8000).reshape(20, 20, 20), dtype="i8", cell_shape=10)
+    with view({"below": lazy(), "hidden": Layer(image, visible=False)}) as shown:
+        shown.show("hidden", opacity=0.5)
+        assert image.stats().loads == 0
+        assert shown._unseen == {"hidden"}
+        shown.show("hidden", visible=True)
+        until(lambda: shown.viewer.state.layers["hidden"].shader_controls.to_json() != {})
+        assert image.stats().loads == 1
+        assert not shown._unseen
+        shown.add("other", Layer(image, visible=False))
+        shown.remove("other")
+        assert not shown._unseen
+
+
+def test_a_view_without_layers_says_so() -> None:
+    with view() as shown:
+        for ask in (
+            lambda: shown.position,
+            lambda: shown.zoom(1),
+            lambda: shown.move_to((0, 0, 0)),
+        ):
+            with pytest.raises(ValueError, match="the view has no layers yet"):
+                ask()
