@@ -346,15 +346,21 @@ def test_an_array_that_grew_is_read_on(tmp_path, volume):
     assert ci.run(negative, tmp_path / "out.zarr", progress=False).failed
 
 
-def test_dask_reads_it_and_names_it_by_its_place(files, name, volume):
+def test_dask_reads_it_and_names_it_by_when_it_was_opened(files, name, volume):
+    """The time of change of a folder tells nothing of the chunks in it."""
     from dask.base import tokenize
 
     with open_image(files[name]) as image, open_image(files[name]) as again:
         lazy = image.to_dask()
         assert lazy.chunks == image.chunks
         np.testing.assert_array_equal(lazy, expected(name, volume))
-        assert tokenize(image) == tokenize(again)
-        assert lazy.name == again.to_dask().name
+        assert lazy.name == image.to_dask().name
+        assert tokenize(image) != tokenize(again)
+        assert lazy.name != again.to_dask().name
+        assert len({tokenize(level) for level in image.levels}) == len(image.levels)
+        for level in image.levels:
+            with pickle.loads(pickle.dumps(level)) as sent:
+                assert tokenize(sent) == tokenize(level)
 
 
 def test_it_is_named_in_the_graph_of_an_image(files):
