@@ -63,7 +63,8 @@ def mesh(
     The same triangles as `skimage.measure.marching_cubes` finds for the object's mask in the whole
     image, at level 0.5, with a voxel of background around the image so that every surface is
     closed. Cells are gone through a few at a time, so an object may be larger than memory is.
-    Without ``boxes`` and ``seeds`` all cells of the image are looked at, by `region_table`.
+    Without ``boxes`` and ``seeds`` all cells of the image are looked at, by `region_table`. What
+    changes meanwhile does not take part, as in a `CellImg.snapshot`.
 
     Parameters
     ----------
@@ -103,7 +104,8 @@ def mesh(
     >>> surface.vertices.min(axis=0), surface.vertices.max(axis=0)
     (array([0.5, 0.5, 1.5], dtype=float32), array([2.5, 3.5, 4.5], dtype=float32))
     """
-    image, space = _as_image(labels), space_of(labels)
+    # As it is now: of two editions the surface would be torn.
+    image, space = _as_image(labels).snapshot(), space_of(labels)
     steps = as_ints(step_size, "step_size", ndim=3, minimum=1)
     single = not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0
     given: Any = [ids] if single else ids
@@ -121,7 +123,7 @@ def mesh(
         places = _for_each(seeds, wanted, "seeds")
         found = {label: _flooded(image, grid, label, places[label]) for label in wanted}
     else:
-        where = _boxes(boxes if boxes is not None else _table(labels), wanted, image.shape)
+        where = _boxes(boxes if boxes is not None else _table(image), wanted, image.shape)
         found = {label: _in_box(image, grid, label, where[label]) for label in wanted}
     meshes = {
         label: _surface(image, grid, label, blocks, steps, space) for label, blocks in found.items()
@@ -147,8 +149,8 @@ def _as_image(labels: Any) -> CellImg:
 # ------------------------------------------------------------------------- where the objects are
 
 
-def _table(labels: Any) -> Any:
-    return region_table(labels, properties=["label", "bbox"]).compute()
+def _table(image: CellImg) -> Any:
+    return region_table(image, properties=["label", "bbox"]).compute()
 
 
 def _boxes(boxes: Any, wanted: list[int], shape: tuple[int, ...]) -> dict[int, Roi]:
