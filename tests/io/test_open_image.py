@@ -371,6 +371,17 @@ def test_it_is_named_in_the_graph_of_an_image(files):
 # ---------------------------------------------------------------------- elsewhere
 
 
+@pytest.mark.parametrize("file", ["array.npy", "turned.npy"])
+def test_what_is_read_of_a_url_is_ones_own(files, file, volume, memory_system):
+    memory_system.put(str(files[file]), f"/somewhere/{file}")
+    with open_image(f"memory://somewhere/{file}") as image:
+        part = image[1:3]
+        assert part.base is None or part.base.nbytes == part.nbytes
+        part[...] = 0
+        assert image.array[(slice(1, 3),) * 3].base is None
+        np.testing.assert_array_equal(image[1:3], expected(file, volume)[1:3])
+
+
 def test_from_memory_of_fsspec(files, name, volume, memory_system):
     memory_system.put(str(files[name]), f"/somewhere/{name}", recursive=True)
     url = f"memory://somewhere/{name}"
