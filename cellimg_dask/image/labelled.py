@@ -26,7 +26,7 @@ def space_of_labelled(array: Any) -> Space:
     Raises
     ------
     ValueError
-        If the array has no name or one name for several dimensions.
+        If a dimension has no name, or several have the same.
     """
     names = [str(name) for name in array.dims]
     units: list[str | None] = []
@@ -49,6 +49,8 @@ def even_steps(places: Any) -> tuple[float, float]:
     if places.dtype.kind not in "iuf" or places.ndim != 1 or not places.size:
         return 1.0, 0.0
     points = places.astype(float)
+    if not np.isfinite(points).all():
+        return 1.0, 0.0
     if points.size == 1:
         return 1.0, float(points[0])
     step = float(points[-1] - points[0]) / (points.size - 1)

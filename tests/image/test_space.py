@@ -177,10 +177,14 @@ def test_xarray_of_what_nobody_named() -> None:
         (["a", "b", "c"], 1, 0),
         ([0.1, 0.2, 0.3000001], 0.1, 0.1),
         ([1, 1, 1], 1, 0),
+        ([2.0, np.nan, 4.0], 1, 0),
+        ([5.0], 1, 5),
+        ([np.nan], 1, 0),
+        ([-np.inf], 1, 0),
     ],
 )
 def test_coordinates_of_xarray(places: list[Any], step: float, first: float) -> None:
-    array = xarray.DataArray(np.zeros(3), {"x": places}, ["x"])
+    array = xarray.DataArray(np.zeros(len(places)), {"x": places}, ["x"])
     image = ci.map_cells(np.negative, array)
     assert image.scale == pytest.approx((step,), rel=1e-5)
     assert image.translation == (first,)
