@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellimg_dask.geometry import Space
+from cellimg_dask.loading.file_array import is_xarray
 
 if TYPE_CHECKING:
     import xarray
@@ -62,8 +63,7 @@ def even_steps(places: Any) -> tuple[float, float]:
 
 def without_labels(array: Any) -> Any:
     """Return the dask array in an array of xarray; others as they are: they read regions."""
-    labelled = type(array).__module__.partition(".")[0] == "xarray"
-    return array.data if labelled and array.chunks is not None else array
+    return array.data if is_xarray(array) and array.chunks is not None else array
 
 
 def to_xarray(array: Any, space: Space, name: str | None) -> xarray.DataArray:

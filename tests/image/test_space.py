@@ -13,6 +13,7 @@ import zarr
 from scipy import ndimage
 
 import cellimg_dask as ci
+from cellimg_dask.loading.file_array import is_xarray
 
 SPACE = ci.Space.of(3, "zyx", "um", scale=(4, 1, 0.5), translation=(10, 0, -1))
 
@@ -159,6 +160,12 @@ def test_xarray_in_memory_has_content_that_a_run_compares(tmp_path: Path) -> Non
         image = ci.map_cells(np.negative, array, cell_shape=2)
         assert ci.run(image, tmp_path / "a.zarr", progress=False).computed == (4, 1)[value - 1]
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "a.zarr")[:], -array.values)
+
+
+def test_what_is_of_xarray() -> None:
+    array = xarray.DataArray(np.zeros(3))
+    assert is_xarray(array)
+    assert not any(map(is_xarray, (array.values, array.chunk().data, None)))
 
 
 def test_xarray_of_what_nobody_named() -> None:
