@@ -72,12 +72,14 @@ def _stored_arrays(reader: Any) -> Iterator[Any]:
 
 def _zarr_arrays_in(values: Iterable[Any]) -> Iterator[Any]:
     """Yield the zarr arrays among values, and those inside tuples, lists and tasks."""
-    todo, seen = list(values), set[int]()
+    todo = list(values)
+    # Held, so that no other value has its id.
+    seen: dict[int, Any] = {}
     while todo:
         value = unwrapped(todo.pop())
         if id(value) in seen or len(seen) > _LOOKED_AT * 100:
             continue
-        seen.add(id(value))
+        seen[id(value)] = value
         if _package(value) == "zarr":
             yield value
         elif isinstance(value, (tuple, list)):
