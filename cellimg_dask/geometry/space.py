@@ -163,12 +163,6 @@ class Space:
             tuple(shift + scale * (factor - 1) / 2 for scale, shift, factor in steps),
         )
 
-    def moved(self, voxels: Sequence[float]) -> Space:
-        """Return the space of the image's part that begins at a voxel."""
-        parts = zip(self.scale, self.translation, voxels, strict=True)
-        shifts = tuple(shift + scale * voxel for scale, shift, voxel in parts)
-        return Space(self.axes, self.units, self.scale, shifts)
-
     def without(self, axes: Collection[int]) -> Space:
         """Return the space without some axes."""
         kept = [axis for axis in range(self.ndim) if axis not in axes]

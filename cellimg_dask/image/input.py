@@ -36,7 +36,7 @@ class Input:
         From the output cell's `Roi` to the `Roi` of this input, both without halo. Default: the
         input has the image's shape, or one that NumPy would broadcast to it. After a change it is
         asked for each cell; one with an attribute ``is_nested = True``, which promises that the
-        result for a region holds those for all its parts, only where the change may be.
+        result for a region holds all voxels that matter to its parts, only where the change may be.
     version : str, optional
         Stands for the content of the array in keys on disk. Needed only for arrays that cannot
         be compared (`content_key` says so): another version, another content.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellimg_dask.geometry import Space
+from cellimg_dask.loading.file_array import is_xarray
 
 if TYPE_CHECKING:
     import xarray
@@ -26,7 +27,7 @@ def space_of_labelled(array: Any) -> Space:
     Raises
     ------
     ValueError
-        If the array has no name or one name for several dimensions.
+        If a dimension has no name, or several have the same.
     """
     names = [str(name) for name in array.dims]
     units: list[str | None] = []
@@ -49,6 +50,8 @@ def even_steps(places: Any) -> tuple[float, float]:
     if places.dtype.kind not in "iuf" or places.ndim != 1 or not places.size:
         return 1.0, 0.0
     points = places.astype(float)
+    if not np.isfinite(points).all():
+        return 1.0, 0.0
     if points.size == 1:
         return 1.0, float(points[0])
     step = float(points[-1] - points[0]) / (points.size - 1)
@@ -60,8 +63,7 @@ def even_steps(places: Any) -> tuple[float, float]:
 
 def without_labels(array: Any) -> Any:
     """Return the dask array in an array of xarray; others as they are: they read regions."""
-    labelled = type(array).__module__.partition(".")[0] == "xarray"
-    return array.data if labelled and array.chunks is not None else array
+    return array.data if is_xarray(array) and array.chunks is not None else array
 
 
 def to_xarray(array: Any, space: Space, name: str | None) -> xarray.DataArray:

@@ -40,6 +40,7 @@ from cellimg_dask.geometry import Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.source import Source
 from cellimg_dask.loading.crew import get_crew
+from cellimg_dask.loading.file_array import is_xarray
 from cellimg_dask.loading.readers import quick_source
 from cellimg_dask.state.cache import CellCache
 
@@ -248,7 +249,7 @@ def open(name: str, readonly: bool = False) -> SharedArray:
 def _fill(progress: bool | str, shared: bare.SharedArray, array: Any) -> None:
     with _bar(progress, shared) as told:
         target = shared.array
-        if type(array).__module__.partition(".")[0] == "xarray":
+        if is_xarray(array):
             array = array.data
         if isinstance(array, CellImg):
             _compute(target, array, told)

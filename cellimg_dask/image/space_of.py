@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cellimg_dask.geometry import Space
+from cellimg_dask.loading.file_array import is_xarray
 
 __all__ = ["Placed", "checked_space", "space_of"]
 
@@ -48,7 +49,7 @@ def space_of(array: Any) -> Space:
     if isinstance(found, Space):
         return found
     ndim = len(array.shape)
-    if type(array).__module__.partition(".")[0] == "xarray":
+    if is_xarray(array):
         from cellimg_dask.image.labelled import space_of_labelled
 
         return space_of_labelled(array)

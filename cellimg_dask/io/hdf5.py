@@ -19,7 +19,8 @@ from cellimg_dask.io.location import Location, UnreadableError
 from cellimg_dask.io.opened import Found, ListedArray, choose, joined
 from cellimg_dask.io.optional import optional
 from cellimg_dask.io.spaces import attributes_space, numbers, tolerant_space
-from cellimg_dask.loading.file_array import FileArray, file_state
+from cellimg_dask.loading.file_array import FileArray
+from cellimg_dask.loading.hdf5_state import check_not_replaced, hdf5_state, other_places
 
 __all__ = ["Hdf5Array", "find_hdf5", "list_hdf5"]
 
@@ -39,24 +40,27 @@ class Hdf5Array(FileArray):
         self._name = name
         # h5py lets one thread in at a time.
         self._file = _open(location) if file is None else file
-        found = self._file[name]
+        # Perhaps of another file, which a link leads to: held, the same file is read each time.
+        self._data = found = self._file[name]
         self.shape = tuple(found.shape)
         self.dtype = _dtype(name, found)
         self.chunks = found.chunks
-        # Perhaps that of another file, which a link leads to.
-        self._holder = found.file.filename
+        self._others = other_places(found) if location.is_local else []
         self.label = f"HDF5 {location.last_name}/{name}"
 
     def __getitem__(self, box: Any) -> NDArray[Any]:
         """Return a box."""
-        return np.asarray(self._file[self._name][box]).view(self.dtype)
+        if not self._file:
+            raise ValueError(f"{self._location.url} is closed; open it again")
+        return np.asarray(self._data[box]).view(self.dtype)
 
     def content(self, boxes: Sequence[Box]) -> Any:
-        """Return the file's place, size and time of change."""
+        """Return place, size and time of change of the files that the values lie in."""
         if not self._location.is_local:
             return None
         path = self._location.path.resolve()
-        return ["HDF5", str(path), self._name, file_state(self._holder)]
+        check_not_replaced(self._file)
+        return ["HDF5", str(path), self._name, *hdf5_state(self._data, self._others)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hdf5Array, (self._location, self._name)

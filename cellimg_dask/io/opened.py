@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -106,6 +107,8 @@ class Found:
         self.channels = tuple(channels)
         self.is_labels = is_labels
         self.is_closed = False
+        self.token = uuid4().hex
+        """A name for what was opened just now: whether the file changes later cannot be seen."""
         self._open_level = open_level
         self._space_of_level = space_of_level
         self._close = close

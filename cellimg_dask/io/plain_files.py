@@ -104,8 +104,8 @@ class RemoteNpyArray(FileArray):
         part = np.frombuffer(data, self.dtype).reshape(shape)[
             (slice(None), *turned[1:])[: len(shape)]
         ]
-        found: NDArray[Any] = part.T if self._turned else part
-        return found
+        # A copy: may be written to, and does not keep the rows that were fetched beside it.
+        return np.array(part.T if self._turned else part)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteNpyArray, (self._location,)

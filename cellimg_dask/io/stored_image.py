@@ -20,7 +20,7 @@ from cellimg_dask.image.space_of import Placed
 from cellimg_dask.io.listing import found_at
 from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found
-from cellimg_dask.loading.file_array import FileArray, StandsFor, file_state
+from cellimg_dask.loading.file_array import FileArray, StandsFor
 from cellimg_dask.loading.readers import native, quick_source
 
 if TYPE_CHECKING:
@@ -230,17 +230,20 @@ class StoredImage(StandsFor, Gridded, Placed):
         return f"{last}/{self.name}" if self.name else last
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        where = self._found.location
-        state = file_state(where.path) if where.is_local else None
-        return "StoredImage", where.url, self.name, self._level, self.shape, str(self.dtype), state
+        return "StoredImage", self._found.token, self._level
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self._found.location, self.name, self._level, self.is_labels)
+        found = self._found
+        # With its token, so that dask names it alike there.
+        said = found.location, found.name, self._level, found.is_labels, found.token
+        return _reopened, said
 
 
-def _reopened(location: Location, name: str, level: int, is_labels: bool) -> StoredImage:
+def _reopened(
+    location: Location, name: str, level: int, is_labels: bool, token: str
+) -> StoredImage:
     found = found_at(location, name or None)
-    found.is_labels = is_labels
+    found.is_labels, found.token = is_labels, token
     return StoredImage(found, level)
 
 

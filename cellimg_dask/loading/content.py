@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
-from glob import escape, glob
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +19,7 @@ from cellimg_dask.blocks.plan import Box, CellPlan, Planner
 from cellimg_dask.blocks.worker import BlockJob
 from cellimg_dask.geometry import CellGrid, tiles
 from cellimg_dask.loading.file_array import FileArray, check_unchanged, file_state
+from cellimg_dask.loading.hdf5_state import hdf5_state, other_places
 from cellimg_dask.loading.readers import (
     ArrayReader,
     ChunkedReader,
@@ -259,39 +258,14 @@ def _stored(reader: Reader, boxes: Sequence[Box], number: int, described: Descri
             return content
     module = type(array).__module__.partition(".")[0]
     if module == "h5py":
-        file = array.file.filename
-        _check_not_replaced(array, file)
-        others = _other_files(array, file, number, described)
-        return ["h5py", array.name, file, file_state(file), *others]
+        known = described.get(number)
+        if known is None or known[0] is not array:
+            known = described[number] = array, other_places(array)
+        return ["h5py", array.name, *hdf5_state(array, known[1])]
     raise NoContentError(
         f"input {number} is a {module}.{type(array).__name__}, of which cannot be said what is in "
         f"it: give Input(array, version=…), a text that you change with its content"
     )
-
-
-def _check_not_replaced(array: Any, file: str) -> None:
-    """Refuse a data set of HDF5 at whose path there is another file by now."""
-    try:
-        opened, there = os.fstat(array.file.id.get_vfd_handle()), Path(file).stat()
-    except (OSError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        # Gone, or not a file of this machine that is read by itself.
-        return
-    check_unchanged(file, (opened.st_dev, opened.st_ino), (there.st_dev, there.st_ino))
-
-
-def _other_files(array: Any, file: str, number: int, described: Described) -> list[Any]:
-    """Return the state of the files in which a data set of HDF5 has its values, beside its own."""
-    known = described.get(number)
-    if known is None or known[0] is not array:
-        names = {name for name, _, _ in array.external or ()}
-        if array.is_virtual:
-            names = {source.file_name for source in array.virtual_sources()} - {"."}
-        # HDF5 looks beside the file and in the working folder; "%b" stands for a number.
-        folders = Path(file).parent, Path.cwd()
-        places = [escape(str(folder / name)) for name in names for folder in folders]
-        known = described[number] = array, [place.replace("%b", "*") for place in sorted(places)]
-    found = sorted({file for place in known[1] for file in glob(place)})  # noqa: PTH207 - absolute
-    return [[[place, file_state(place)] for place in found]] if known[1] else []
 
 
 def _check_same_layout(array: Any, folder: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cellimg_dask.blocks.errors import SourceChangedError
 from cellimg_dask.blocks.plan import Box
 
-__all__ = ["FileArray", "StandsFor", "check_unchanged", "file_state", "unwrapped"]
+__all__ = ["FileArray", "StandsFor", "check_unchanged", "file_state", "is_xarray", "unwrapped"]
 
 
 class FileArray:
@@ -61,6 +61,11 @@ def unwrapped(value: Any) -> Any:
     while isinstance(value, StandsFor):
         value = value.array
     return value
+
+
+def is_xarray(array: Any) -> bool:
+    """Whether an array is one of xarray's, which is not imported to find out."""
+    return type(array).__module__.partition(".")[0] == "xarray"
 
 
 def file_state(path: str | os.PathLike[str]) -> list[int] | None:

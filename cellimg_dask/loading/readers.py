@@ -20,7 +20,7 @@ from cellimg_dask.bare.shared_array import SharedArray
 from cellimg_dask.blocks.errors import SourceChangedError
 from cellimg_dask.blocks.plan import Box, Region
 from cellimg_dask.geometry import AxisWindow, CellGrid, IrregularGrid, TileGrid, tiles
-from cellimg_dask.loading.file_array import FileArray, unwrapped
+from cellimg_dask.loading.file_array import FileArray, is_xarray, unwrapped
 from cellimg_dask.state.cache import CellCache, get_cache
 from cellimg_dask.state.dirty import cells_meeting
 
@@ -357,7 +357,7 @@ def make_reader(array: Any, cache: CellCache) -> Reader:
         if memory is not None:
             return FileReader(array, memory)
     check_array(array)
-    if type(array).__module__.partition(".")[0] == "xarray":
+    if is_xarray(array):
         if array.chunks is not None:
             array = array.data
         elif isinstance(getattr(array.variable, "_data", None), np.ndarray):

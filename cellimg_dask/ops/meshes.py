@@ -107,7 +107,8 @@ def mesh(
     >>> surface.vertices.min(axis=0), surface.vertices.max(axis=0)
     (array([0.5, 0.5, 1.5], dtype=float32), array([2.5, 3.5, 4.5], dtype=float32))
     """
-    image, space = _as_image(labels), space_of(labels)
+    # As it is now: of two editions the surface would be torn.
+    image, space = _as_image(labels).snapshot(), space_of(labels)
     steps = as_ints(step_size, "step_size", ndim=3, minimum=1)
     single = not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0
     given: Any = [ids] if single else ids
@@ -126,7 +127,7 @@ def mesh(
         found = {label: _flooded(image, grid, label, places[label]) for label in wanted}
     else:
         if boxes is None:
-            boxes = _found(labels, wanted)
+            boxes = _found(image, wanted)
         where = _boxes(boxes, wanted, image.shape)
         found = {label: _in_box(image, grid, label, where[label]) for label in wanted}
     meshes = {
@@ -153,8 +154,8 @@ def _as_image(labels: Any) -> CellImg:
 # ------------------------------------------------------------------------- where the objects are
 
 
-def _found(labels: Any, wanted: list[int]) -> dict[int, Roi]:
-    boxes = boxes_of(find_objects(labels), wanted)
+def _found(image: CellImg, wanted: list[int]) -> dict[int, Roi]:
+    boxes = boxes_of(find_objects(image), wanted)
     _check_there(boxes, wanted)
     return boxes
 

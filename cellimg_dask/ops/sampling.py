@@ -95,7 +95,10 @@ class Field:
 
     @property
     def is_nested(self) -> bool:
-        """Whether the box of a region is quickly found, and holds the boxes of all its parts."""
+        """Whether the box of a region is quickly found.
+
+        It holds all voxels that matter to the region's parts.
+        """
         return isinstance(self.transform, Bounded)
 
     @property

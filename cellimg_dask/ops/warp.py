@@ -190,7 +190,11 @@ class _Frame:
         else:
             model = as_input(like).array
             extents, space = as_input(like).shape, space_of(like)
-        wanted = space.ndim - len(kept) if ndim is None else ndim
+        wanted = ndim
+        if wanted is None:
+            # A callable does not tell: as many as it leads to, where ``like`` may be so.
+            fits = space.ndim in (own.ndim, own.ndim + len(kept))
+            wanted = own.ndim if fits else space.ndim - len(kept)
         if like is not None and kept and space.ndim == wanted + len(kept) and wanted:
             # It has the axes that are kept as well, in the same places.
             drop = kept if wanted == own.ndim else tuple(range(len(kept)))

@@ -123,9 +123,8 @@ def affected_cells(planner: Planner, number: int, change: Touched) -> Cells:
 
     An index map is asked only when the result is asked for a cell, or iterated; where it fails,
     the cell counts as affected. One whose attribute ``is_nested`` is true promises that the box of
-    a region holds those of all its parts: it is asked at once, from large regions to small ones.
-    Where all that is known of the change is a `CellTest`, the result
-    is one too.
+    a region holds all voxels that matter to its parts: it is asked at once, from large regions to
+    small ones. Where all that is known of the change is a `CellTest`, the result is one too.
     """
     grid = planner.grid
     parts = change.parts if isinstance(change, CellUnion) else (change,)

@@ -13,6 +13,7 @@ import zarr
 from scipy import ndimage
 
 import cellimg_dask as ci
+from cellimg_dask.loading.file_array import is_xarray
 
 SPACE = ci.Space.of(3, "zyx", "um", scale=(4, 1, 0.5), translation=(10, 0, -1))
 
@@ -161,6 +162,12 @@ def test_xarray_in_memory_has_content_that_a_run_compares(tmp_path: Path) -> Non
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "a.zarr")[:], -array.values)
 
 
+def test_what_is_of_xarray() -> None:
+    array = xarray.DataArray(np.zeros(3))
+    assert is_xarray(array)
+    assert not any(map(is_xarray, (array.values, array.chunk().data, None)))
+
+
 def test_xarray_of_what_nobody_named() -> None:
     image = ci.map_cells(np.negative, np.zeros((4, 6)), cell_shape=2)
     labelled = image.to_xarray()
@@ -177,10 +184,14 @@ def test_xarray_of_what_nobody_named() -> None:
         (["a", "b", "c"], 1, 0),
         ([0.1, 0.2, 0.3000001], 0.1, 0.1),
         ([1, 1, 1], 1, 0),
+        ([2.0, np.nan, 4.0], 1, 0),
+        ([5.0], 1, 5),
+        ([np.nan], 1, 0),
+        ([-np.inf], 1, 0),
     ],
 )
 def test_coordinates_of_xarray(places: list[Any], step: float, first: float) -> None:
-    array = xarray.DataArray(np.zeros(3), {"x": places}, ["x"])
+    array = xarray.DataArray(np.zeros(len(places)), {"x": places}, ["x"])
     image = ci.map_cells(np.negative, array)
     assert image.scale == pytest.approx((step,), rel=1e-5)
     assert image.translation == (first,)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorstore
 import tifffile
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import add_attributes, fingerprint, write_n5
@@ -413,6 +414,38 @@ def test_signed_numbers_of_big_data_viewer_are_unsigned(tmp_path, volume):
         again = pickle.loads(pickle.dumps(ci.map_cells(np.negative, image)))
         np.testing.assert_array_equal(again, np.negative(high))
     assert list_images(tmp_path / "a.h5")[0].dtype == np.uint16
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_a_file_of_big_data_viewer_that_was_replaced(tmp_path, volume, is_linked):
+    """The key would be that of the new file, and the voxels those of the old one."""
+    name, path, out = "t00000/s00/0/cells", tmp_path / "a.h5", tmp_path / "out.zarr"
+
+    def put(file, values):
+        with h5py.File(tmp_path / file, "w") as opened:
+            opened.create_dataset(name, data=values.astype("i2"), chunks=(2, 16, 16))
+
+    if is_linked:
+        with h5py.File(path, "w") as file:
+            file[name] = h5py.ExternalLink("far.h5", name)
+    held = tmp_path / ("far.h5" if is_linked else "a.h5")
+    put(held, volume)
+    with open_image(path) as image:
+        negative = ci.map_cells(np.negative, image, version="1")
+        assert ci.run(negative, out, progress=False).ok
+        put("new.h5", volume + 1)
+        (tmp_path / "new.h5").replace(held)
+        report = ci.run(negative, out, progress=False, retries=0)
+        assert report.computed == 0
+        errors = [str(error) for error in report.failed.values()]
+        assert errors
+        assert all("has changed since it was opened" in error for error in errors)
+    with open_image(path) as image:
+        report = ci.run(ci.map_cells(np.negative, image, version="1"), out, progress=False)
+    assert report.computed == report.num_cells
+    np.testing.assert_array_equal(
+        zarr.open_array(out, mode="r")[:], np.negative(volume.astype("u2") + 1)
+    )
 
 
 # ---------------------------------------------------------------------- TIFF

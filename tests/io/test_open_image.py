@@ -346,15 +346,21 @@ def test_an_array_that_grew_is_read_on(tmp_path, volume):
     assert ci.run(negative, tmp_path / "out.zarr", progress=False).failed
 
 
-def test_dask_reads_it_and_names_it_by_its_place(files, name, volume):
+def test_dask_reads_it_and_names_it_by_when_it_was_opened(files, name, volume):
+    """The time of change of a folder tells nothing of the chunks in it."""
     from dask.base import tokenize
 
     with open_image(files[name]) as image, open_image(files[name]) as again:
         lazy = image.to_dask()
         assert lazy.chunks == image.chunks
         np.testing.assert_array_equal(lazy, expected(name, volume))
-        assert tokenize(image) == tokenize(again)
-        assert lazy.name == again.to_dask().name
+        assert lazy.name == image.to_dask().name
+        assert tokenize(image) != tokenize(again)
+        assert lazy.name != again.to_dask().name
+        assert len({tokenize(level) for level in image.levels}) == len(image.levels)
+        for level in image.levels:
+            with pickle.loads(pickle.dumps(level)) as sent:
+                assert tokenize(sent) == tokenize(level)
 
 
 def test_it_is_named_in_the_graph_of_an_image(files):
@@ -363,6 +369,17 @@ def test_it_is_named_in_the_graph_of_an_image(files):
 
 
 # ---------------------------------------------------------------------- elsewhere
+
+
+@pytest.mark.parametrize("file", ["array.npy", "turned.npy"])
+def test_what_is_read_of_a_url_is_ones_own(files, file, volume, memory_system):
+    memory_system.put(str(files[file]), f"/somewhere/{file}")
+    with open_image(f"memory://somewhere/{file}") as image:
+        part = image[1:3]
+        assert part.base is None or part.base.nbytes == part.nbytes
+        part[...] = 0
+        assert image.array[(slice(1, 3),) * 3].base is None
+        np.testing.assert_array_equal(image[1:3], expected(file, volume)[1:3])
 
 
 def test_from_memory_of_fsspec(files, name, volume, memory_system):

@@ -7,13 +7,16 @@ import shutil
 import threading
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
 import tensorstore
+import xarray
 import yaozarrs
 import zarr
 from hypothesis import given, settings
@@ -391,6 +394,36 @@ def test_what_is_read_is_not_written_over(tmp_path: Path, place: str) -> None:
     if "://" not in path:
         assert quiet(VOLUME, path, labels={"n": negative}).ok
         assert ci.run(negative, f"{path}2", progress=False).ok
+
+
+def largest(arrays: list[Any], block: Any) -> Any:
+    return np.maximum(block, arrays[0][0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        ci.Source,
+        da.from_zarr,
+        lambda array: da.stack([da.from_zarr(array) + 1, da.from_zarr(array)])[0],
+        lambda array: da.from_array(array, inline_array=True),
+        lambda array: da.from_delayed(dask.delayed(sum)([(array,)]), array.shape, array.dtype),
+        lambda array: da.from_array(ci.open_image(array.store.root)),
+        lambda array: da.from_zarr(array).map_blocks(partial(largest, [array]), dtype="u2"),
+        lambda array: dask.optimize(da.from_zarr(array) + 1)[0],
+        lambda array: xarray.DataArray(da.from_zarr(array)),
+    ],
+    ids=["source", "zarr", "stack", "inline", "nested", "opened", "partial", "optimized", "xarray"],
+)
+def test_what_is_read_in_a_roundabout_way_is_not_written_over(tmp_path: Path, read: Any) -> None:
+    path = tmp_path / "a.zarr"
+    stored = zarr.create_array(path, data=VOLUME, chunks=(4, 8, 8))
+    negative = ci.map_cells(
+        np.negative, ci.Input(read(stored), version="1"), cell_shape=(4, 8, 8), version="1"
+    )
+    with pytest.raises(ValueError, match=r"because the image is computed from .*give another"):
+        ci.run(negative, path, overwrite=True, progress=False)
+    np.testing.assert_array_equal(zarr.open_array(path, mode="r")[:], VOLUME)
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:

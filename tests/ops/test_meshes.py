@@ -10,6 +10,7 @@ from scipy import ndimage
 from skimage.measure import marching_cubes
 
 import cellimg_dask as ci
+from cellimg_dask.ops import meshes
 from cellimg_dask.ops.meshes import mesh
 from cellimg_dask.ops.surfaces import Mesh
 
@@ -272,6 +273,34 @@ def test_neuroglancer_has_nanometers():
     np.testing.assert_allclose(vertices, expected[:, ::-1], rtol=1e-6)
     with pytest.raises(ValueError, match="'second' in nanometers"):
         solid(units=("second", None, None)).to_neuroglancer()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"seeds": (3, 4, 4)}, {"boxes": ci.Roi((0,) * 3, (8,) * 3)}]
+)
+@pytest.mark.parametrize("computed", [False, True])
+def test_an_edit_meanwhile_does_not_tear_it(monkeypatch, options, computed):
+    labels = ball((8, 8, 8), (4, 4, 4), 3).astype("u1")
+    source = ci.Source(labels.copy(), cell_shape=4)
+    image = ci.map_cells(np.copy, source, dtype="u1") if computed else source
+    edits = []
+
+    def after_an_edit(read):
+        def edited(*args, **settings):
+            edits.append(read)
+            source[4:] = 0
+            return read(*args, **settings)
+
+        return edited
+
+    for name in ("find_objects", "_masks"):
+        monkeypatch.setattr(meshes, name, after_an_edit(getattr(meshes, name)))
+    surface = mesh(image, 1, **options)
+    assert edits
+    assert_closed(surface)
+    vertices, faces = whole(labels, 1)
+    assert triangles(surface.vertices, surface.faces) == triangles(vertices, faces)
+    assert not source[4:].any()
 
 
 # ---------------------------------------------------------------------------------------- mistakes

@@ -231,8 +231,9 @@ def test_channels_are_warped_alike(rng, kept):
     np.testing.assert_allclose(cubic[...], expected, rtol=0, atol=1e-12)
     # A fixed image with channels, or without.
     for like in (np.zeros(image.shape), np.zeros((9, 11))):
-        same = warp(image, spline, like=like, kept_axes=kept)
-        np.testing.assert_array_equal(same[...], lazy[...])
+        for transform in (spline, spline.__call__):
+            same = warp(image, transform, like=like, kept_axes=kept)
+            np.testing.assert_array_equal(same[...], lazy[...])
 
 
 def test_a_slice_at_any_angle_of_all_channels(rng):

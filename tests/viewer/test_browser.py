@@ -190,15 +190,20 @@ def test_an_oblique_plane(show: Any, browser: Any, tmp_path: Path) -> None:
     shown = show({"image": Layer(image, contrast=(0, 255))}, layout="xy")
     shown.show_oblique((1, 1, 0.5))
     shown.wait(TIMEOUT_S)
-    counted.take()
-    image.invalidate()
-    shown.wait(TIMEOUT_S)
     expected = visible_cells(browser, image.grid)
-    cells = counted.take()
-    assert len({position[0] for position in cells}) > 2
-    # A cell that the plane only grazes, between two pixels, may be among them as well.
-    assert set(expected) <= set(cells)
-    assert len(cells) <= 1.1 * len(expected) + 2
+    for _ in range(3):
+        counted.take()
+        image.invalidate()
+        shown.wait(TIMEOUT_S)
+        cells = counted.take()
+        assert len({position[0] for position in cells}) > 2
+        assert set(expected) <= set(cells)
+        # A cell that the plane only grazes, between two pixels, may be among them as well; while
+        # the page has not settled, those of the plane before are, too.
+        if len(cells) <= 1.1 * len(expected) + 2:
+            break
+    else:
+        pytest.fail(f"{len(cells)} cells were computed, {len(expected)} are visible")
     drawn = picture(shown.screenshot(size=(WIDTH, HEIGHT), timeout=TIMEOUT_S), tmp_path / "o.png")
     assert drawn.std() > 20
 
