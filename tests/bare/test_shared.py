@@ -759,7 +759,7 @@ def test_a_damaged_header_is_noticed(name: str, at: int, data: bytes, message: s
     assert not exists(name)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 299), value=st.integers(0, 255))
 def test_any_damaged_byte_is_noticed_or_harmless(name: str, at: int, value: int) -> None:
     with shared.put(name, np.arange(5)):

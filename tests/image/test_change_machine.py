@@ -880,7 +880,7 @@ def test_changes_reach_what_they_affect_and_nothing_else(machine: Any) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=100 if machine.exact else 50,
+            max_examples=60 if machine.exact else 30,
             stateful_step_count=40,
             derandomize=True,
             deadline=None,

@@ -330,7 +330,7 @@ def graphs(draw: st.DrawFn) -> list[list[int]]:
 
 
 @given(reads=graphs())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_boxes_do_not_overlap_and_stand_below_what_they_read(reads):
     svg = ET.fromstring(draw(mesh(reads)))
     boxes = cards_of(svg)
@@ -349,7 +349,7 @@ def test_boxes_do_not_overlap_and_stand_below_what_they_read(reads):
 
 
 @given(reads=graphs())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_lines_pass_between_the_boxes_and_join_what_they_should(reads):
     layers = layered(reads)
     below: dict[tuple[int, int], list[tuple[int, int]]] = {}

@@ -57,7 +57,7 @@ def sources(draw: st.DrawFn) -> tuple[np.ndarray, ci.Source]:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_reading_and_writing_by_any_index_is_as_in_numpy(data):
     array, source = data.draw(sources())
     expected = array.copy()

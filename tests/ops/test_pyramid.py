@@ -161,7 +161,7 @@ def check(cut: Cut, image: NDArray[Any], **how: Any) -> None:
 ODD = Cut((7,), (3,), ((2,), (2,)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(cut=cuts(), dtype=st.sampled_from(ANY))
 @example(cut=ODD, dtype="u8")
 @example(cut=Cut((5, 0, 3), (2, 1, 1), ((2, 2, 2), (2, 2, 2))), dtype="f4")
@@ -169,7 +169,7 @@ def test_means_are_those_of_the_whole_level_below(cut: Cut, dtype: str) -> None:
     check(cut, numbers(cut.shape, dtype, cut.seed))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(cut=cuts(), dtype=st.sampled_from(REAL))
 @example(cut=ODD, dtype="i2")
 def test_modes_are_those_of_the_whole_level_below(cut: Cut, dtype: str) -> None:

@@ -122,7 +122,7 @@ def assert_same(got: Any, expected: NDArray[Any]) -> None:
 
 FORMS = ["array", "lists", "mapping", "pairs"]
 OUTS = ["none", "memory", "memmap", "zarr"]
-quick = settings(max_examples=150)
+quick = settings(max_examples=80)
 
 
 # ---------------------------------------------------------------- identity

@@ -239,4 +239,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=100, stateful_step_count=60)
+TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=60)

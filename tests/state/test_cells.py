@@ -162,7 +162,7 @@ def sets(draw: st.DrawFn, grid: ci.CellGrid) -> tuple[Cells, set[int]]:
 
 
 @given(data=st.data())
-@settings(max_examples=600)
+@settings(max_examples=250)
 def test_a_union_is_the_union(data):
     """Also where masks are refused and lists avoided, as happens with large sets."""
     grid = data.draw(grids())

@@ -262,7 +262,7 @@ def filters(draw: st.DrawFn, source: Stage) -> Stage:
 
 
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_chains_of_filters_drop_what_the_oracle_says(data):
     source = make_source(*data.draw(geometries()), ci.CellCache(1 << 22))
     later = [data.draw(filters(source))]
@@ -330,7 +330,7 @@ def broadcasts(draw: st.DrawFn) -> tuple[Stage, Stage]:
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_broadcast_inputs_drop_what_the_oracle_says(data):
     source, stage = data.draw(broadcasts())
     later = [stage]
@@ -405,7 +405,7 @@ def mapped(draw: st.DrawFn) -> tuple[Stage, Stage]:
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_index_maps_drop_what_the_oracle_says(data):
     source, stage = data.draw(mapped())
     later = [stage]
@@ -415,7 +415,7 @@ def test_index_maps_drop_what_the_oracle_says(data):
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_diamonds_drop_what_the_oracle_says(data):
     """Two filters on one source, and a third that reads both and the source itself."""
     shape, cells = data.draw(geometries(max_axes=2))
@@ -598,7 +598,7 @@ def sources(draw: st.DrawFn) -> Stage:
 
 
 @given(data=st.data())
-@settings(max_examples=400)
+@settings(max_examples=160)
 def test_changes_of_every_kind_reach_what_the_oracle_says(data):
     source = data.draw(sources())
     later: list[Stage] = []
@@ -627,7 +627,7 @@ def test_each_pair_of_voxels_and_boundary(boundary, size):
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_changes_reach_broadcast_inputs_as_the_oracle_says(data):
     source, stage = data.draw(broadcasts())
     later = [stage]
@@ -638,7 +638,7 @@ def test_changes_reach_broadcast_inputs_as_the_oracle_says(data):
 
 
 @given(data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_changes_go_through_chains_of_index_maps_as_the_oracle_says(data):
     """Equal sets also downstream of an index map, and after a second one."""
     source, stage = data.draw(mapped())
@@ -720,7 +720,7 @@ def joined(draw: Any, inputs: Sequence[Stage], maps: bool) -> Stage:
 
 
 @given(data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_changes_meet_again_as_the_oracle_says(data):
     """Images that read two others and what those read, also through index maps."""
     source = make_source(*data.draw(geometries(max_axes=2)), ci.CellCache(1 << 22))
@@ -748,7 +748,7 @@ def test_cells_that_hold_a_changed_voxel(data):
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_what_is_read_lies_in_the_region_that_is_told(data):
     """And for a product of cells it is that region."""
     source = data.draw(sources())
