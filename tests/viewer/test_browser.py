@@ -176,12 +176,20 @@ def test_a_jump_in_an_image_of_2e15_voxels(show: Any, browser: Any) -> None:
     # While the page is laid out for the first time its panel may be larger for a moment.
     assert set(visible_cells(browser, image.grid)) <= set(counted.take())
 
-    shown.move_to((12_345, 140_000, 7_000))
-    shown.wait(TIMEOUT_S)
-    cells = counted.take()
-    assert cells == visible_cells(browser, image.grid)
-    assert (12_345 // 64, 140_000 // 64, 7_000 // 64) in cells
-    assert shown.position == (12_345, 140_000, 7_000)
+    for place in ((12_345, 140_000, 7_000), (54_321, 7_000, 140_000), (99, 70_000, 70_000)):
+        panel_of(browser)
+        counted.take()
+        shown.move_to(place)
+        shown.wait(TIMEOUT_S)
+        cells, visible = counted.take(), visible_cells(browser, image.grid)
+        assert shown.position == place
+        assert tuple(n // 64 for n in place) in cells
+        assert set(visible) <= set(cells)
+        # A page that is still being laid out asks for what a larger panel would show.
+        if cells == visible:
+            break
+    else:
+        pytest.fail(f"{len(cells)} cells were computed, {len(visible)} are visible")
 
 
 def test_an_oblique_plane(show: Any, browser: Any, tmp_path: Path) -> None:
@@ -298,14 +306,36 @@ def keys(browser: Any) -> Any:
     return ActionChains(browser, duration=20)
 
 
+def soon(condition: Callable[[], object]) -> bool:
+    """Whether something comes about within a few seconds."""
+    tick = threading.Event()
+    return any(condition() or tick.wait(0.02) for _ in range(500))
+
+
+def panel_of(browser: Any) -> list[float]:
+    """Return width, height, left and top of the panel, once the page is laid out."""
+    seen: list[list[float]] = [[], []]
+
+    def is_settled() -> bool:
+        found = browser.execute_script(
+            """const panel = [...viewer.display.panels].find((each) => each.sliceView);
+            if (!panel) return null;
+            const bounds = panel.element.getBoundingClientRect();
+            if (bounds.right > window.innerWidth || bounds.bottom > window.innerHeight) return null;
+            const element = panel.element;
+            return [element.clientWidth, element.clientHeight,
+                    bounds.left + element.clientLeft, bounds.top + element.clientTop];"""
+        )
+        seen.append(found or [])
+        return bool(found) and seen[-2] == found
+
+    until(is_settled)
+    return seen[-1]
+
+
 def at(browser: Any, chain: Any, x: int, y: int) -> Any:
     """Move the mouse to so many pixels from the middle of the panel."""
-    width, height, left, top = browser.execute_script(
-        """const panel = [...viewer.display.panels].find((each) => each.sliceView);
-        const bounds = panel.element.getBoundingClientRect();
-        return [panel.element.clientWidth, panel.element.clientHeight,
-                bounds.left + panel.element.clientLeft, bounds.top + panel.element.clientTop];"""
-    )
+    width, height, left, top = panel_of(browser)
     chain.w3c_actions.pointer_action.move_to_location(
         round(left + width / 2 + x), round(top + height / 2 + y)
     )
@@ -473,7 +503,12 @@ def test_landmarks_are_placed_by_keys(show: Any, browser: Any) -> None:
         at(browser, keys(browser), x, y).perform()
         # Where nothing is known of the mouse yet, a key places nothing.
         until(lambda: browser.execute_script("return viewer.mouseState.active"))
-        keys(browser).send_keys(key).perform()
+        before = len(changes)
+        for _ in range(3):
+            keys(browser).send_keys(key).perform()
+            # A page that is busy may lose a key.
+            if soon(lambda: len(changes) > before):
+                break
 
     place("f", -30, 10)
     until(lambda: changes)
