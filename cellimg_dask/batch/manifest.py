@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from cellimg_dask.batch.folder import Folder, open_folder
 
-__all__ = ["Manifest", "State", "Stored", "pass_of", "run_folder"]
+__all__ = ["Manifest", "State", "Stored", "run_folder"]
 
 State = Literal["done", "missing", "other", "damaged"]
 """Of a cell: committed and whole; without a marker; made by another computation; changed since."""
@@ -19,15 +19,6 @@ _SCHEMA = 1
 def run_folder(where: str) -> str:
     """Return where a target's markers, lock, report and spec lie: beside it."""
     return f"{where.rstrip('/')}.run"
-
-
-def pass_of(where: str, number: int) -> str:
-    """Return where a run stores an image that it needs first, counted from 1."""
-    return _pass_in(run_folder(where), number)
-
-
-def _pass_in(beside: str, number: int) -> str:
-    return f"{beside}/pass{number}.zarr"
 
 
 class Stored(Protocol):
@@ -68,8 +59,8 @@ class Manifest:
         return Manifest, (self.where, self.beside)
 
     def pass_of(self, number: int) -> str:
-        """Return where the run stores an image that it needs first; see `pass_of`."""
-        return _pass_in(self.beside, number)
+        """Return where the run stores an image that it needs first, counted from 1."""
+        return f"{self.beside}/pass{number}.zarr"
 
     def commit(self, index: int, key: str, objects: dict[str, Any]) -> None:
         """Mark a cell as done; its data must be on the disk."""

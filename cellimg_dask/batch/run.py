@@ -151,7 +151,8 @@ def run(
             axes=image.axes,
         )
     else:
-        for name, value in (("chunks", chunks), ("sharded", sharded)):
+        version = None if zarr_format == 3 else zarr_format
+        for name, value in (("chunks", chunks), ("sharded", sharded), ("zarr_format", version)):
             if value is not None:
                 raise ValueError(f"{name} is for images; a table has one part per cell")
         layout = TableLayout.of(loader.grid, table.make, table.meta, compressor, level)

@@ -139,6 +139,11 @@ class Stage(Settings):
             found += value if isinstance(value, list) else [value] * (value is not None)
         return found
 
+    @property
+    def is_ome_zarr(self) -> bool:
+        """Whether the target is an image in OME-Zarr, and not an array or a table."""
+        return False
+
     def run_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `run`."""
         return {
@@ -205,7 +210,7 @@ class _Voxels(_FromBlocks):
 
     @property
     def is_ome_zarr(self) -> bool:
-        """Whether the target is an image in OME-Zarr, and not an array."""
+        """Whether the target is an image in OME-Zarr; see `Stage`."""
         return self.target is not None and self.target.rstrip("/").endswith(".ome.zarr")
 
     @model_validator(mode="after")

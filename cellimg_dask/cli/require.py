@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import click
+
+from cellimg_dask.io.optional import optional
 
 __all__ = ["require"]
 
@@ -26,9 +27,6 @@ def require(module: str, extra: str) -> Any:
         If it cannot be imported.
     """
     try:
-        return import_module(module)
+        return optional(module, "this", extra)
     except ImportError as error:
-        raise click.ClickException(
-            f"this needs {module.partition('.')[0]}, which cannot be imported ({error}): "
-            f"pip install 'cellimg-dask[{extra}]'"
-        ) from error
+        raise click.ClickException(str(error)) from error

@@ -121,7 +121,7 @@ def _run_stage(
     write_resolved(spec, name, folder, replace=False)
     where, arguments = place_of(stage.target, folder), stage.run_arguments()
     report: ci.RunReport | ci.OmeZarrReport
-    if getattr(stage, "is_ome_zarr", False):
+    if stage.is_ome_zarr:
         report = ci.write_ome_zarr(
             image, where, overwrite=overwrite, progress=progress, **arguments
         )
@@ -203,7 +203,6 @@ def _plans(spec: Spec, name: str, stages: Stages) -> Iterator[tuple[str, dict[st
     from cellimg_dask.batch.manifest import Manifest, run_folder
     from cellimg_dask.batch.passes import needed_whole, values_from_voxels
     from cellimg_dask.batch.run import image_and_table
-    from cellimg_dask.batch.spec import ImageStage, LabelsStage
     from cellimg_dask.cli.projection import projected
 
     stage = spec.stages[name]
@@ -215,18 +214,17 @@ def _plans(spec: Spec, name: str, stages: Stages) -> Iterator[tuple[str, dict[st
         yield name, {"read by": f"{readers}, and not written", "function": loader.function.name}
         return
     together = getattr(stage, "cells_per_call", None)
-    is_ome_zarr = isinstance(stage, (ImageStage, LabelsStage)) and stage.is_ome_zarr
-    manifest = Manifest(target, f"{run_folder(target)}/0" if is_ome_zarr else None)
+    manifest = Manifest(target, f"{run_folder(target)}/0" if stage.is_ome_zarr else None)
     for number, first in enumerate(needed_whole(loader), 1):
         where = manifest.pass_of(number)
         yield f"{name} (pass {number})".strip(), projected(stage, first, where, None)
     if table is None:
         facts = projected(stage, loader, target, together)
-        if isinstance(stage, (ImageStage, LabelsStage)) and stage.is_ome_zarr:
+        if stage.is_ome_zarr:
             from cellimg_dask.io.write_ome_zarr import levels_of
 
-            wanted = stage.ome_zarr
-            levels = levels_of(image, None, wanted.levels, wanted.factors, wanted.method)
+            given = stage.run_arguments()
+            levels = levels_of(image, None, *(given[n] for n in ("levels", "factors", "method")))
             facts["levels"] = ", ".join(str(level.shape) for level in levels)
         yield name, facts
         return

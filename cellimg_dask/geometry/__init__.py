@@ -1,7 +1,7 @@
 """Floor 0: boxes, halos, grids, overlapped splits and borders. Knows NumPy only."""
 
 from cellimg_dask.geometry.border import BOUNDARIES, AxisWindow, axis_window, check_boundary
-from cellimg_dask.geometry.grid import Cell, CellGrid, CellRange
+from cellimg_dask.geometry.grid import Cell, CellGrid, CellRange, even_cell_shape
 from cellimg_dask.geometry.halo import Halo, HaloLike
 from cellimg_dask.geometry.integers import as_int, as_ints
 from cellimg_dask.geometry.roi import Roi, parse_index
@@ -29,6 +29,7 @@ __all__ = [
     "as_overlap",
     "axis_window",
     "check_boundary",
+    "even_cell_shape",
     "parse_index",
     "tiles",
 ]

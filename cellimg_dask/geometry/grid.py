@@ -11,7 +11,7 @@ from typing import SupportsIndex
 from cellimg_dask.geometry.integers import as_int, as_ints
 from cellimg_dask.geometry.roi import Roi
 
-__all__ = ["Cell", "CellGrid", "CellRange"]
+__all__ = ["Cell", "CellGrid", "CellRange", "even_cell_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,3 +248,12 @@ class CellRange:
             for steps, stride in zip(self.ranges, self.grid.strides, strict=True)
         ]
         return map(sum, product(*axes))
+
+
+def even_cell_shape(ndim: int, voxels_log2: int = 20) -> tuple[int, ...]:
+    """Return a cell shape alike along all axes, of about ``2**voxels_log2`` voxels.
+
+    >>> even_cell_shape(3)
+    (102, 102, 102)
+    """
+    return (max(1, round(2 ** (voxels_log2 / max(ndim, 1)))),) * ndim

@@ -21,7 +21,16 @@ from cellimg_dask.blocks.functions import (
 from cellimg_dask.blocks.named import as_function, importable
 from cellimg_dask.blocks.plan import AxisLink, InputPlan, Planner
 from cellimg_dask.blocks.wrappers import function_name
-from cellimg_dask.geometry import CellGrid, Halo, HaloLike, Space, as_int, as_ints, check_boundary
+from cellimg_dask.geometry import (
+    CellGrid,
+    Halo,
+    HaloLike,
+    Space,
+    as_int,
+    as_ints,
+    check_boundary,
+    even_cell_shape,
+)
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.described import checked_call
 from cellimg_dask.image.input import Input, as_input, follow
@@ -43,8 +52,6 @@ __all__ = [
     "make_image",
     "map_cells",
 ]
-
-_DEFAULT_VOXELS_LOG2 = 20
 
 
 def map_cells(
@@ -403,8 +410,7 @@ def _cell_shape(
     if value is None:
         native = next(filter(None, (_native_cells(item, whole) for item in plain)), None)
         if native is None:
-            edge = max(1, round(2 ** (_DEFAULT_VOXELS_LOG2 / max(len(whole), 1))))
-            native = (edge,) * len(whole)
+            native = even_cell_shape(len(whole))
         return tuple(
             max(1, shape[axis]) if source is None else max(1, native[source] // factors[source])
             for axis, source in enumerate(from_axis)
@@ -490,7 +496,7 @@ def _native_cells(item: Input, whole: tuple[int, ...]) -> tuple[int, ...] | None
     array = unwrapped(item.array)
     if item.shape != whole or 0 in whole:
         return None
-    if isinstance(array, CellImg):
+    if isinstance(array, (CellImg, Source)):
         return array.cell_shape
     chunks = getattr(array, "chunks", None)
     if chunks is None and hasattr(array, "chunk_layout"):

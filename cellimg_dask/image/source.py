@@ -17,7 +17,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.errors import CycleError, SaveError, SourceChangedError
-from cellimg_dask.geometry import CellGrid, Roi, Space, as_ints
+from cellimg_dask.geometry import CellGrid, Roi, Space, as_ints, even_cell_shape
 from cellimg_dask.image.describe import size_text
 from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.indexing import VoxelChange, assign, take
@@ -447,8 +447,7 @@ def _cell_shape(
     if given is None:
         if chunks is not None:
             return tuple(max(1, n) for n in chunks)
-        edge = max(1, round(2 ** (_DEFAULT_VOXELS_LOG2 / max(len(shape), 1))))
-        return (edge,) * len(shape)
+        return even_cell_shape(len(shape), _DEFAULT_VOXELS_LOG2)
     cells = as_ints(given, "cell_shape", ndim=len(shape), minimum=1)
     for axis, (cell, chunk) in enumerate(zip(cells, chunks or cells, strict=True)):
         if cell % chunk and cell < shape[axis]:

@@ -1,4 +1,4 @@
-"""Packages that only some formats need."""
+"""Packages of the extras, which not everybody has installed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 __all__ = ["optional"]
 
 
-def optional(module: str, what: str) -> Any:
-    """Return a module of the extra ``formats``.
+def optional(module: str, what: str, extra: str = "formats") -> Any:
+    """Return a module of an extra.
 
     Parameters
     ----------
@@ -17,6 +17,8 @@ def optional(module: str, what: str) -> Any:
         Name to import.
     what : str
         What needs it, for the message.
+    extra : str
+        The extra of this package that installs it.
 
     Raises
     ------
@@ -29,6 +31,6 @@ def optional(module: str, what: str) -> Any:
         package = module.partition(".")[0]
         raise ImportError(
             f"{what} needs {package}, which cannot be imported ({error}): "
-            f"pip install 'cellimg-dask[formats]'",
+            f"pip install 'cellimg-dask[{extra}]'",
             name=package,
         ) from error

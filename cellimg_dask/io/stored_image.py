@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from cellimg_dask.blocks.errors import ReadError
 from cellimg_dask.blocks.plan import Box
-from cellimg_dask.geometry import CellGrid, Roi, Space, tiles
+from cellimg_dask.geometry import CellGrid, Roi, Space, even_cell_shape, tiles
 from cellimg_dask.image.describe import size_text
 from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.indexing import take_boxes
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import xarray
 
 __all__ = ["StoredImage"]
-
-_DEFAULT_VOXELS_LOG2 = 20
 
 
 class StoredImage(StandsFor, Gridded, Placed):
@@ -269,7 +267,6 @@ class _Labels(Mapping[str, StoredImage]):
 def _cell_shape(chunks: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     if chunks is None:
         # As `map_cells` chooses them for an array without chunks.
-        edge = max(1, round(2 ** (_DEFAULT_VOXELS_LOG2 / max(len(shape), 1))))
-        return (edge,) * len(shape)
+        return even_cell_shape(len(shape))
     sizes = (max(size) if isinstance(size, (tuple, list)) else size for size in chunks)
     return tuple(max(1, int(size)) for size in sizes)

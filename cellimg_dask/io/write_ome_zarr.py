@@ -26,7 +26,7 @@ from cellimg_dask.loading.loader import CellLoader, pinned_together
 from cellimg_dask.loading.node import defining
 from cellimg_dask.loading.readers import Reader
 from cellimg_dask.ops.label_image import LabelImg
-from cellimg_dask.ops.pyramid import Factors, Pyramid, pyramid
+from cellimg_dask.ops.pyramid import Factors, Pyramid, as_image, pyramid
 from cellimg_dask.queues.block_queue import BlockQueue
 
 __all__ = ["OmeZarrReport", "levels_of", "write_ome_zarr"]
@@ -314,7 +314,7 @@ def levels_of(
                 raise TypeError(f"{what} is for a single image; the levels are given")
         if not len(value):
             raise ValueError("an image needs at least one level, got none")
-        return [image if isinstance(image, CellImg) else pyramid(image, 1)[0] for image in value]
+        return [as_image(image) for image in value]
     if kind is None and isinstance(value, LabelImg):
         kind = "labels"
     space = space_of(value if isinstance(value, CellImg) else as_input(value))

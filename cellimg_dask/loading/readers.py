@@ -403,7 +403,7 @@ def check_array(array: Any) -> None:
     if missing:
         hint = ""
         if isinstance(array, str) or hasattr(array, "__fspath__"):
-            hint = "; open the file first, for instance zarr.open_array(path, mode='r')"
+            hint = "; open the file first: open_image(path)"
         elif isinstance(array, (list, tuple, int, float)):
             hint = "; use numpy.asarray"
         raise TypeError(

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from cellimg_dask.geometry import CellGrid, Roi, Space, as_int, as_ints
 from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.image.define import map_cells
 from cellimg_dask.image.input import as_input
 from cellimg_dask.image.space_of import space_of
 from cellimg_dask.ops.boxes import boxes_of, find_objects
-from cellimg_dask.ops.pyramid import original
+from cellimg_dask.ops.pyramid import as_image
 from cellimg_dask.ops.surfaces import Mesh
 
 __all__ = ["mesh"]
@@ -108,7 +107,7 @@ def mesh(
     (array([0.5, 0.5, 1.5], dtype=float32), array([2.5, 3.5, 4.5], dtype=float32))
     """
     # As it is now: of two editions the surface would be torn.
-    image, space = _as_image(labels).snapshot(), space_of(labels)
+    image, space = _checked(labels).snapshot(), space_of(labels)
     steps = as_ints(step_size, "step_size", ndim=3, minimum=1)
     single = not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0
     given: Any = [ids] if single else ids
@@ -136,7 +135,7 @@ def mesh(
     return meshes[wanted[0]] if single else meshes
 
 
-def _as_image(labels: Any) -> CellImg:
+def _checked(labels: Any) -> CellImg:
     array = as_input(labels).array
     dtype = np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
     if dtype.kind not in "biu":
@@ -146,9 +145,7 @@ def _as_image(labels: Any) -> CellImg:
             f"a mesh needs labels of three axes, got shape {tuple(array.shape)}; give one time "
             f"point and channel of them, for instance map_cells with drop_axis"
         )
-    if isinstance(array, CellImg):
-        return array
-    return map_cells(original, labels, dtype=dtype, cache=None)
+    return as_image(labels)
 
 
 # ------------------------------------------------------------------------- where the objects are

@@ -19,7 +19,7 @@ from cellimg_dask.ops.downsample import downsample_mean, downsample_mode, downsa
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache
 
-__all__ = ["Pyramid", "pyramid"]
+__all__ = ["Pyramid", "as_image", "original", "pyramid"]
 
 Factors: TypeAlias = (
     SupportsIndex | Iterable[SupportsIndex] | Iterable[SupportsIndex | Iterable[SupportsIndex]]
@@ -154,7 +154,7 @@ def pyramid(
     """
     used = _method(kind, method)
     number = None if levels is None else as_int(levels, "levels", minimum=1)
-    base = _base(img, cell_shape)
+    base = as_image(img, cell_shape)
     _check_dtype(base.dtype, used)
     cells = base.cell_shape
     if cell_shape is not None:
@@ -210,8 +210,10 @@ def _method(kind: str, method: str | None) -> str:
     return method
 
 
-def _base(img: Any, cell_shape: SupportsIndex | Iterable[SupportsIndex] | None) -> CellImg:
-    """Return level 0."""
+def as_image(
+    img: Any, cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None
+) -> CellImg:
+    """Return what may be an input of an image as an image: level 0, with the same voxels."""
     if isinstance(img, CellImg):
         return img
     array = as_input(img).array

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import DTypeLike
 
-from cellimg_dask.geometry import CellGrid, Space, as_int, as_ints
+from cellimg_dask.geometry import CellGrid, Space, as_int, as_ints, even_cell_shape
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import as_axes, fill_cells, grid_of, map_cells
 from cellimg_dask.image.input import Input, as_input, checked_fill
@@ -21,8 +21,6 @@ from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.state.cache import CellCache
 
 __all__ = ["warp"]
-
-_DEFAULT_VOXELS_LOG2 = 20
 
 
 def warp(
@@ -230,7 +228,7 @@ class _Frame:
         if len(native) == whole:
             return native
         if len(native) != self.ndim:
-            native = (max(1, round(2 ** (_DEFAULT_VOXELS_LOG2 / self.ndim))),) * self.ndim
+            native = even_cell_shape(self.ndim)
         return tuple(_with(native, places, [own[axis] for axis in kept]))
 
 

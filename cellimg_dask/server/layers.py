@@ -13,11 +13,10 @@ import numpy as np
 
 from cellimg_dask.geometry import Space
 from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.image.define import map_cells
-from cellimg_dask.image.input import Input, checked_fill
+from cellimg_dask.image.input import checked_fill
 from cellimg_dask.image.space_of import space_of
 from cellimg_dask.ops.label_image import LabelImg
-from cellimg_dask.ops.pyramid import Pyramid, original, pyramid
+from cellimg_dask.ops.pyramid import Pyramid, as_image, pyramid
 from cellimg_dask.server.colors import COLORS
 from cellimg_dask.server.documents import check_dtype
 
@@ -254,37 +253,18 @@ def _levels(
         # Of a coarser level, that one and those above it.
         own = own[next((n for n, part in enumerate(own) if part is image), 0) :]
     if isinstance(levels, (int, np.integer)) and not isinstance(levels, bool):
-        made = pyramid(_as_image(own[0]), levels, kind)
+        made = pyramid(as_image(own[0]), levels, kind)
         return made.levels, tuple(part.space for part in made.levels)
     if levels is not None:
         if isinstance(levels, (str, bytes)) or not isinstance(levels, Iterable):
             raise TypeError(f"levels must be arrays from fine to coarse, got {levels!r}")
         own = [own[0], *levels]
-    images = tuple(_as_image(part) for part in own)
+    images = tuple(as_image(part) for part in own)
     spaces = [space_of(images[0])]
     for level, part in enumerate(images[1:], 1):
         _check_level(level, part, images[0])
         spaces.append(_space_of_level(part, images[0]))
     return images, tuple(spaces)
-
-
-def _as_image(given: Any) -> CellImg:
-    """Return what may be an input of an image as an image."""
-    if isinstance(given, CellImg):
-        return given
-    if isinstance(given, (str, bytes)) or hasattr(given, "__fspath__"):
-        raise TypeError(f"a layer is an image, got {given!r}; open it first: open_image({given!r})")
-    array = given.array if isinstance(given, Input) else given
-    dtype = getattr(getattr(array, "dtype", None), "numpy_dtype", getattr(array, "dtype", None))
-    # What an array gives out is not kept a second time; chunks of stores are, once decoded.
-    return map_cells(original, given, dtype=dtype, cell_shape=_cells_of(array), cache=None)
-
-
-def _cells_of(array: Any) -> tuple[int, ...] | None:
-    """Return the cells of what has a grid of its own, such as a source."""
-    grid = getattr(array, "grid", None)
-    cells = getattr(grid, "cell_shape", None)
-    return cells if isinstance(cells, tuple) else None
 
 
 def _check_level(level: int, image: CellImg, first: CellImg) -> None:

@@ -218,6 +218,18 @@ class _Quiet(logging.LoggerAdapter):  # type: ignore[type-arg]
         self.debug(msg, *args, **kwargs)
 
 
+class _Discreet:
+    """A protocol of uvicorn that writes down neither addresses nor what strangers send."""
+
+    logger: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The address holds the token.
+        self.access_log = False
+        self.logger = _Quiet(self.logger)
+
+
 async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
@@ -234,12 +246,7 @@ def _protocol() -> type[asyncio.Protocol]:
         # It has such a bound of its own.
         from uvicorn.protocols.http.h11_impl import H11Protocol
 
-        class PlainProtocol(H11Protocol):  # type: ignore[misc]
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                self.access_log = False
-                self.logger: Any = _Quiet(self.logger)
-
+        class PlainProtocol(_Discreet, H11Protocol):  # type: ignore[misc]
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
                 if len(self.connections) > most:
@@ -253,17 +260,11 @@ def _protocol() -> type[asyncio.Protocol]:
         plain: type[asyncio.Protocol] = PlainProtocol
         return plain
 
-    class Protocol(HttpToolsProtocol):  # type: ignore[misc]
+    class Protocol(_Discreet, HttpToolsProtocol):  # type: ignore[misc]
         _in_head = False
         _head_bytes = 0
         _num_begun = 0
         _timer: asyncio.TimerHandle | None = None
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            # The address holds the token.
-            self.access_log = False
-            self.logger: Any = _Quiet(self.logger)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)

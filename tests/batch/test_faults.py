@@ -170,7 +170,10 @@ def test_workers_that_retire(in_this_process, slow, image, target, calls, when, 
             report = go(slow, target, queue=queue)
         assert queue.num_workers == 1
     assert (report.computed, report.failed) == (60, {})
-    assert set(calls.take()) == set(range(60)), "computed after it was committed"
+    # The thread of a worker that has left may begin what another one has done meanwhile.
+    taken = calls.take()
+    assert set(taken) - {-1} == set(range(60)), "not computed"
+    assert taken.count(-1) <= 2, "computed after it was committed"
     assert np.array_equal(stored(target), 2 * image)
 
 

@@ -17,7 +17,7 @@ import zarr
 from scipy import ndimage
 
 import cellimg_dask as ci
-from cellimg_dask.batch.manifest import Manifest, pass_of
+from cellimg_dask.batch.manifest import Manifest
 from cellimg_dask.batch.passes import needed_whole
 from cellimg_dask.blocks.functions import ValueFunction
 from cellimg_dask.image.values import cell_values
@@ -85,7 +85,7 @@ def test_each_block_is_computed_once_and_stored(blobs, target, labelled, calls, 
     np.testing.assert_array_equal(stored(target), expected)
     (first,) = report.passes
     assert (first.computed, first.skipped, report.computed) == (9, 0, 9)
-    assert stored(pass_of(target, 1)).dtype == np.int32
+    assert stored(Manifest(target).pass_of(1)).dtype == np.int32
     for other in (labelled(blobs), img):
         again = go(other, target)
         assert again.skipped == 9
@@ -98,7 +98,7 @@ def test_each_block_is_computed_once_and_stored(blobs, target, labelled, calls, 
 def test_stored_blocks_can_be_linked_in_another_way(blobs, target, labelled, go, stored):
     img = labelled(blobs)
     go(img, target)
-    blocks = zarr.open_array(pass_of(target, 1), mode="r")
+    blocks = zarr.open_array(Manifest(target).pass_of(1), mode="r")
     other = ci.stitch(blocks, img.grid, 4, link=("iou", 0.3))
     expected = labelled(blobs, link=("iou", 0.3))
     np.testing.assert_array_equal(other[...], expected[...])
@@ -124,7 +124,7 @@ def test_a_damaged_cell_needs_no_block(blobs, target, labelled, calls, go, store
     assert go(labelled(blobs), target).computed == 1
     assert calls.take() == []
     Path(target, "c/2/1").unlink()
-    Path(pass_of(target, 1), "c/0/1").write_bytes(b"harm")
+    Path(Manifest(target).pass_of(1), "c/0/1").write_bytes(b"harm")
     assert go(labelled(blobs), target).computed == 1
     assert len(calls.take()) == 1
     np.testing.assert_array_equal(stored(target), expected)
@@ -135,7 +135,7 @@ def test_what_was_stored_first_may_be_deleted(blobs, target, labelled, calls, go
 
     go(labelled(blobs), target)
     calls.take()
-    shutil.rmtree(pass_of(target, 1))
+    shutil.rmtree(Manifest(target).pass_of(1))
     assert go(labelled(blobs), target).skipped == 9
     assert calls.take() == []
     Path(target, "c/1/1").unlink()
@@ -326,7 +326,7 @@ def test_a_killed_run_loses_no_block(blobs, tmp_path, stored, until):
             text=True,
         )
 
-    manifest = Manifest(pass_of(str(tmp_path / "out.zarr"), 1))
+    manifest = Manifest(Manifest(str(tmp_path / "out.zarr")).pass_of(1))
     with start() as process:
         until(lambda: len(set(manifest.marked())) >= 3 or process.poll() is not None)
         os.kill(process.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from skimage.feature import blob_log
 from skimage.measure import regionprops_table
 from support import same_objects
 
-from cellimg_dask.batch.manifest import Manifest, pass_of
+from cellimg_dask.batch.manifest import Manifest
 from cellimg_dask.batch.queue_spec import CondaSpec, EnvSpec, QueueSpec, SlurmSpec, UvSpec
 from cellimg_dask.batch.spec import KINDS, InputSpec, WholeSpec
 
@@ -142,7 +142,7 @@ def tell(story: Story, first: int, second: int) -> tuple[dict[str, int], list[st
     total = int(
         np.prod([-(-n // size) for n, size in zip(story.volume.shape, (16, 128, 128), strict=True)])
     )
-    blocks = pass_of("cells.zarr", 1)
+    blocks = Manifest("cells.zarr").pass_of(1)
 
     code, _, calls = story.run(die={"smooth": first})
     assert code == -signal.SIGKILL

@@ -287,7 +287,7 @@ class NoDtype:
     [
         (
             "image.tif",
-            r"str has no shape and no dtype; open the file first, for instance zarr\.open",
+            r"str has no shape and no dtype; open the file first: open_image\(path\)",
         ),
         (Path("image.zarr"), r"has no shape and no dtype.*open the file first"),
         (b"image", r"bytes has no shape and no dtype"),
