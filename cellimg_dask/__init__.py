@@ -72,6 +72,7 @@ from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.rules import BlockUpdate
 from cellimg_dask.schemas.block_schema import BlockSchema
 from cellimg_dask.schemas.describe import describe
+from cellimg_dask.server.channels import Channel
 from cellimg_dask.server.layers import Layer
 from cellimg_dask.server.serving import Server, asgi_app, serve
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache
@@ -97,6 +98,7 @@ __all__ = [
     "CellImg",
     "CellimgError",
     "Change",
+    "Channel",
     "CycleError",
     "Env",
     "EnvError",

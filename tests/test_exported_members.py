@@ -30,6 +30,7 @@ PUBLIC = [
     "CellImg",
     "CellimgError",
     "Change",
+    "Channel",
     "CycleError",
     "Env",
     "EnvError",

@@ -13,6 +13,8 @@ from cellimg_dask.geometry.integers import as_int
 __all__ = ["Space"]
 
 _DEFAULT_AXES = ("t", "c", "z", "y", "x")
+_TIME_AXES = ("t", "time")
+_CHANNEL_AXES = ("c", "channel", "s")
 
 _SHORT_UNITS = {
     "pm": "picometer",
@@ -85,7 +87,7 @@ class Space:
             ``"zyx"``, or a name for each axis; all different.
         units : str or per-axis str or None, optional
             Short forms such as ``"um"`` and ``"nm"`` are understood. One unit for all axes leaves
-            out those called t or c, and it is meant for space; otherwise a unit for each axis.
+            out those of time and channels (t, c, s): it is meant for space; else a unit for each.
             A mapping gives it to axes by name.
         scale, translation : float, per-axis floats, or mapping of axis name to float
             Scales are positive.
@@ -121,6 +123,17 @@ class Space:
         front = tuple(f"dim_{axis}" for axis in range(extra))
         back = _DEFAULT_AXES[len(_DEFAULT_AXES) - (self.ndim - extra) :]
         return Space(front + back, self.units, self.scale, self.translation)
+
+    @property
+    def channel_axis(self) -> int | None:
+        """The axis of channels: that called c or channel, else s, the samples of a picture."""
+        names = self.axes or ()
+        return next((names.index(name) for name in _CHANNEL_AXES if name in names), None)
+
+    @property
+    def spatial(self) -> tuple[bool, ...]:
+        """Whether each axis is one of space: not called t, time, c, channel or s."""
+        return tuple(name not in (*_TIME_AXES, *_CHANNEL_AXES) for name in self.named.axes or ())
 
     @property
     def is_plain(self) -> bool:
@@ -213,7 +226,7 @@ def _units(units: Any, ndim: int, names: tuple[str, ...] | None) -> tuple[str | 
         return (None,) * ndim
     if isinstance(units, str):
         given: list[Any] = [
-            None if names is not None and names[axis] in ("t", "c") else units
+            None if names is not None and names[axis] in (*_TIME_AXES, *_CHANNEL_AXES) else units
             for axis in range(ndim)
         ]
     else:

@@ -22,6 +22,7 @@ from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found, ListedArray, choose
 from cellimg_dask.io.optional import optional
 from cellimg_dask.io.spaces import shrunk_to, tolerant_space
+from cellimg_dask.io.tiff_said import imagej_channels, imagej_sizes, ome_channels, ome_sizes
 from cellimg_dask.loading.file_array import FileArray, check_unchanged, file_state
 
 __all__ = ["TiffArray", "find_tiff", "list_tiff"]
@@ -203,6 +204,7 @@ def find_tiff(location: Location, name: str | None) -> Found:
             lambda level: TiffArray(handle, number, level),
             lambda found, level: _space(found, level, file, number),
             attributes=_attributes(file, series),
+            channels=_channels(file, number),
             close=handle.close,
         )
     except BaseException:
@@ -292,6 +294,12 @@ def _attributes(file: Any, series: Any) -> Mapping[str, Any]:
     return found
 
 
+def _channels(file: Any, number: int) -> Sequence[Mapping[str, Any]]:
+    if file.series[number].kind == "ome" and file.ome_metadata:
+        return ome_channels(file.ome_metadata, number)
+    return imagej_channels(file) if file.is_imagej else ()
+
+
 def _space(found: Found, level: int, file: Any, number: int) -> Space:
     shape = found.array(level).shape
     series = file.series[number]
@@ -304,9 +312,9 @@ def _space(found: Found, level: int, file: Any, number: int) -> Space:
     letters = series.axes.lower()
     sizes: dict[str, tuple[float, str | None]] = {}
     if series.kind == "ome" and file.ome_metadata:
-        sizes = _ome_sizes(file.ome_metadata, number)
+        sizes = ome_sizes(file.ome_metadata, number)
     elif file.is_imagej:
-        sizes = _imagej_sizes(file)
+        sizes = imagej_sizes(file)
     scale = [sizes[letter][0] if letter in sizes else 1.0 for letter in letters]
     units = [sizes[letter][1] if letter in sizes else None for letter in letters]
     if len(letters) != len(shape):
@@ -321,46 +329,3 @@ def _axes(letters: str) -> tuple[str, ...] | None:
         # Pages one after the other: along what, nobody has said.
         return None
     return tuple(letters)
-
-
-def _ome_sizes(xml: str, number: int) -> dict[str, tuple[float, str | None]]:
-    tifffile = optional("tifffile", "reading OME-TIFF")
-    try:
-        images = tifffile.xml2dict(xml)["OME"]["Image"]
-        pixels = (images if isinstance(images, list) else [images])[number]["Pixels"]
-    except Exception:
-        # tifffile has shown that it can do without; then there are no sizes.
-        return {}
-    found: dict[str, tuple[float, str | None]] = {}
-    for letter in "xyz":
-        size = pixels.get(f"PhysicalSize{letter.upper()}")
-        if isinstance(size, (int, float)) and size > 0:
-            unit = pixels.get(f"PhysicalSize{letter.upper()}Unit", "µm")
-            if unit not in ("pixel", "reference frame"):
-                found[letter] = float(size), str(unit)
-    step = pixels.get("TimeIncrement")
-    if isinstance(step, (int, float)) and step > 0:
-        found["t"] = float(step), str(pixels.get("TimeIncrementUnit", "s"))
-    return found
-
-
-def _imagej_sizes(file: Any) -> dict[str, tuple[float, str | None]]:
-    said = file.imagej_metadata or {}
-    unit = str(said.get("unit", "")).replace("\\u00B5", "µ")
-    if unit in ("", "pixel", "pixels"):
-        unit = ""
-    tags = file.pages[0].tags
-    found: dict[str, tuple[float, str | None]] = {}
-    for letter in "xy":
-        tag = tags.get(f"{letter.upper()}Resolution")
-        pair = None if tag is None else tag.value
-        if isinstance(pair, tuple) and len(pair) == 2 and pair[0] > 0 and pair[1] > 0 and unit:
-            # Pixels per unit.
-            found[letter] = pair[1] / pair[0], said.get(f"{letter}unit", unit)
-    spacing = said.get("spacing")
-    if isinstance(spacing, (int, float)) and spacing and unit:
-        found["z"] = abs(float(spacing)), said.get("zunit", unit)
-    interval = said.get("finterval")
-    if isinstance(interval, (int, float)) and interval > 0:
-        found["t"] = float(interval), str(said.get("tunit", "s"))
-    return found

@@ -17,8 +17,6 @@ from cellimg_dask.batch.run import forget_files, place_of_target
 from cellimg_dask.batch.target import Layout
 from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.image.input import as_input
-from cellimg_dask.image.space_of import space_of
 from cellimg_dask.io.ome import OmeVersion, axis_type
 from cellimg_dask.io.ome_group import OmeGroup
 from cellimg_dask.loading.content import ContentKeys
@@ -317,11 +315,6 @@ def levels_of(
         return [as_image(image) for image in value]
     if kind is None and isinstance(value, LabelImg):
         kind = "labels"
-    space = space_of(value if isinstance(value, CellImg) else as_input(value))
-    if factors is None:
-        factors = [
-            1 if axis_type(name) in ("time", "channel") else 2 for name in space.named.axes or ()
-        ]
     how: Literal["image", "labels"] = "labels" if kind else "image"
     made: Pyramid = pyramid(value, levels, how, factors=factors, method=method)
     return list(made) if levels is not None else made.levels[: _enough(made)]

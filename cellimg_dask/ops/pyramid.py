@@ -77,7 +77,7 @@ def pyramid(
     levels: SupportsIndex | None = None,
     kind: Literal["image", "labels"] = "image",
     *,
-    factors: Factors = 2,
+    factors: Factors | None = None,
     method: Literal["mean", "mode", "nearest"] | None = None,
     cell_shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
     cache: CellCache | str | None = "shared",
@@ -100,11 +100,12 @@ def pyramid(
         into one cell; or as many as ``factors`` are given for.
     kind : {"image", "labels"}
         Whether voxels are measured values, of which means are taken, or numbers of objects.
-    factors : int, per-axis ints, or a sequence of these per level
-        How many voxels of the level below make one voxel. 1 for axes that are not to be made
-        smaller, such as time and channel. Items that are sequences are those of a level, for
-        instance ``[(1, 2, 2), (2, 2, 2)]`` for voxels that are thicker than wide. A factor above
-        the length of an axis counts as that length, so an axis of 1 stays what it is.
+    factors : int, per-axis ints, or a sequence of these per level, optional
+        How many voxels of the level below make one voxel; 1 for axes that are not to be made
+        smaller. Default: 2, and 1 along axes of time and of channels (t, c, s); of axes without
+        names the last three are those of space. Items that are sequences are those of a level,
+        for instance ``[(1, 2, 2), (2, 2, 2)]`` for voxels that are thicker than wide. A factor
+        above the length of an axis counts as that length, so an axis of 1 stays what it is.
     method : {"mean", "mode", "nearest"}, optional
         Default: ``"mean"`` for images, ``"mode"`` for labels.
 
@@ -159,6 +160,8 @@ def pyramid(
     cells = base.cell_shape
     if cell_shape is not None:
         cells = as_ints(cell_shape, "cell_shape", ndim=base.ndim, minimum=1)
+    if factors is None:
+        factors = tuple(2 if is_spatial else 1 for is_spatial in base.space.spatial)
     steps = _steps(factors, number, base.shape, cells)
     images = [base]
     scales: list[tuple[int, ...]] = [(1,) * base.ndim]

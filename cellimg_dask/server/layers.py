@@ -6,7 +6,6 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +16,9 @@ from cellimg_dask.image.input import checked_fill
 from cellimg_dask.image.space_of import space_of
 from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Pyramid, as_image, pyramid
-from cellimg_dask.server.colors import COLORS
+from cellimg_dask.server.channels import Channel, channels_of
 from cellimg_dask.server.documents import check_dtype
+from cellimg_dask.server.looks import checked_color, checked_contrast, checked_part
 
 __all__ = ["Layer", "Layers", "as_layer", "as_layers"]
 
@@ -50,6 +50,10 @@ class Layer:
         0 to 1.
     visible : bool
         Whether it is shown at first.
+    channels : sequence of Channel or str, optional
+        How each channel looks, along the axis "c" (or "s", of colours), or what it is called.
+        Default: as the file says, else colours one after the other, which are seen together. An
+        empty sequence: one channel is seen at a time, as it is of an image of more than 16.
     fill_value : scalar
         A chunk in which all voxels have this value is not sent; readers fill it in. Default: 0.
 
@@ -79,6 +83,7 @@ class Layer:
         color: str | tuple[float, float, float] | None = None,
         opacity: float | None = None,
         visible: bool = True,
+        channels: Sequence[Channel | str] | None = None,
         fill_value: Any = None,
     ) -> None:
         if kind not in (None, "image", "labels"):
@@ -94,14 +99,21 @@ class Layer:
         if self.kind == "labels" and first.dtype.kind not in "biu":
             raise ValueError(f"labels are integers, this image has dtype {first.dtype}")
         check_dtype(first.dtype)
-        self.contrast = _contrast(contrast)
+        self.contrast = checked_contrast(contrast)
         """Values that are shown black and white."""
-        self.color = _color(color)
+        self.color = checked_color(color)
         """A name, ``#rrggbb``, or None."""
-        self.opacity = None if opacity is None else _part(opacity, "opacity")
+        self.opacity = None if opacity is None else checked_part(opacity, "opacity")
         """0 to 1, or None."""
         self.visible = bool(visible)
         """Whether it is shown at first."""
+        if self.kind == "labels" and channels:
+            raise ValueError("channels are of images, and this layer shows labels")
+        own = Channel("", self.color, self.contrast)
+        self.channels = (
+            channels_of(image, first, self.space, own, channels) if self.kind == "image" else ()
+        )
+        """How each channel looks; none where one is seen at a time, or there is no such axis."""
         zero = np.zeros((), first.dtype)[()]
         self.fill_value = (
             zero if fill_value is None else checked_fill(fill_value, first.dtype, "a layer")
@@ -132,6 +144,11 @@ class Layer:
     def dtype(self) -> np.dtype[Any]:
         """Data type."""
         return self.images[0].dtype
+
+    @property
+    def channel_axis(self) -> int | None:
+        """The axis of channels, if there is one."""
+        return self.space.channel_axis
 
     def __repr__(self) -> str:
         several = f", {len(self.images)} levels" if len(self.images) > 1 else ""
@@ -326,45 +343,3 @@ def _factors(shape: Sequence[int], shorter: Sequence[int]) -> list[float]:
             float(max(common, key=lambda f: (votes[f], n % f == 0, f & (f - 1) == 0, -f)))
         )
     return factors
-
-
-# ------------------------------------------------------------------- looks
-
-
-def _contrast(value: Any) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise TypeError(f"contrast must be two numbers, (low, high), got {value!r}")
-    low, high = value
-    for number in (low, high):
-        if not isinstance(number, (Real, np.number)) or isinstance(number, bool):
-            raise TypeError(f"contrast must be two numbers, (low, high), got {value!r}")
-    if not (np.isfinite(low) and np.isfinite(high)) or low == high:
-        raise ValueError(f"contrast must be two different, finite numbers, got {value!r}")
-    return float(low), float(high)
-
-
-def _color(value: Any) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        # A shader with another name would show nothing.
-        if not re.fullmatch(r"#[0-9a-fA-F]{6}", value) and value.lower() not in COLORS:
-            raise ValueError(f'color must be a name that CSS knows or "#rrggbb", got {value!r}')
-        return value.lower()
-    if not isinstance(value, Iterable):
-        raise TypeError(f'color must be a name, "#rrggbb" or three numbers, got {value!r}')
-    parts = [_part(part, "color") for part in value]
-    if len(parts) != 3:
-        raise ValueError(f"color must be three numbers, (red, green, blue), got {value!r}")
-    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
-
-
-def _part(value: Any, what: str) -> float:
-    if not isinstance(value, (Real, np.number)) or isinstance(value, bool):
-        raise TypeError(f"{what} must be a number from 0 to 1, got {value!r}")
-    number = float(value)
-    if not 0 <= number <= 1:
-        raise ValueError(f"{what} must be a number from 0 to 1, got {value}")
-    return number

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellimg_dask.geometry import Roi
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.request import Request
 
@@ -38,16 +40,34 @@ def range_of(values: NDArray[Any]) -> tuple[float, float] | None:
     return (low, high) if low < high else None
 
 
-def find_contrast(image: CellImg, found: Callable[[tuple[float, float]], object]) -> None:
+def find_contrast(
+    image: CellImg,
+    found: Callable[[tuple[float, float]], object],
+    at: Mapping[int, int] = MappingProxyType({}),
+) -> None:
     """Have the range of values in the middle of an image told, when it is known.
 
     The cell in the middle is what is seen first, so that nothing is computed for this only.
+
+    Parameters
+    ----------
+    image : CellImg
+        What is shown.
+    found : callable
+        Called with the lowest and the highest value.
+    at : mapping of axis to index
+        Where the image is looked at instead: in one channel.
     """
     grid = image.grid
     if not grid.num_cells:
         return
-    sizes = zip(grid.shape, grid.cell_shape, strict=True)
-    position = tuple((extent - 1) // 2 // cell for extent, cell in sizes)
+    middle = [(extent - 1) // 2 for extent in grid.shape]
+    for axis, index in at.items():
+        middle[axis] = index
+    cell = grid.roi(tuple(n // size for n, size in zip(middle, grid.cell_shape, strict=True)))
+    start, stop = list(cell.start), list(cell.stop)
+    for axis, index in at.items():
+        start[axis], stop[axis] = index, index + 1
 
     def done(request: Request) -> None:
         try:
@@ -58,4 +78,4 @@ def find_contrast(image: CellImg, found: Callable[[tuple[float, float]], object]
             # Whoever looks at the cell is told of it as well.
             _logger.debug("the range of values is not known: %s", error)
 
-    image.request(grid.roi(position)).add_done_callback(done)
+    image.request(Roi(tuple(start), tuple(stop))).add_done_callback(done)

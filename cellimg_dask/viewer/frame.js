@@ -63,16 +63,14 @@
           String(object.parameters?.url ?? "").startsWith(prefix),
       );
 
-    const isComplete = (name) => {
-      const layer = viewer.layerManager.managedLayers.find((each) => each.name === name)?.layer;
-      for (const renderLayer of layer?.renderLayers ?? []) {
-        const progress = renderLayer.layerChunkProgressInfo;
-        if (progress && progress.numVisibleChunksAvailable < progress.numVisibleChunksNeeded) {
-          return false;
-        }
-      }
-      return true;
-    };
+    const isComplete = (names) =>
+      viewer.layerManager.managedLayers
+        .filter((each) => names.includes(each.name))
+        .flatMap((each) => [...(each.layer?.renderLayers ?? [])])
+        .every(({ layerChunkProgressInfo: progress }) => {
+          if (!progress) return true;
+          return progress.numVisibleChunksAvailable >= progress.numVisibleChunksNeeded;
+        });
 
     const finish = (prefix) => {
       for (const source of sourcesOf(prefix)) {
@@ -84,7 +82,7 @@
       queue.visibleChunksChanged.dispatch();
     };
 
-    const begin = (name, prefix, edition) => {
+    const begin = (name, { prefix, edition, shown }) => {
       const state = { since: performance.now(), next: null };
       layers.set(name, state);
       for (const source of sourcesOf(prefix)) {
@@ -93,13 +91,13 @@
       }
       const look = () => {
         const elapsed = performance.now() - state.since;
-        const done = elapsed > 200 && isComplete(name);
+        const done = elapsed > 200 && isComplete(shown);
         if (done) finish(prefix);
         // Whoever goes on painting sees something even where a cell takes long.
         if (done || (state.next !== null && elapsed > 2000)) {
           layers.delete(name);
           if (done) refresher.onDone(name, edition);
-          if (state.next !== null) begin(name, prefix, state.next);
+          if (state.next !== null) begin(name, state.next);
         } else {
           setTimeout(look, 50);
         }
@@ -108,10 +106,11 @@
     };
 
     const refresher = {
-      refresh(name, prefix, edition) {
+      // Facts: the prefix of its addresses, its edition, what it is called in the viewer.
+      refresh(name, facts) {
         const state = layers.get(name);
-        if (state === undefined) begin(name, prefix, edition);
-        else state.next = edition;
+        if (state === undefined) begin(name, facts);
+        else state.next = facts;
       },
       isBusy: (name) => layers.has(name),
       onDone() {},
@@ -377,8 +376,8 @@
     tell({ kind: "shown", layers: known }).catch(report);
     // What changes without anybody saying so: which cells are there and which are computed.
     setInterval(() => {
-      for (const [name, { changes, edition, prefix }] of Object.entries(layers)) {
-        if (changes && refresher?.isBusy(name) === false) refresher.refresh(name, prefix, edition);
+      for (const [name, facts] of Object.entries(layers)) {
+        if (facts.changes && refresher?.isBusy(name) === false) refresher.refresh(name, facts);
       }
     }, 1000);
     const listen = () => {
@@ -386,8 +385,8 @@
       facts.onmessage = (event) => {
         const now = JSON.parse(event.data);
         painter.set(now.brush ?? null);
-        for (const [name, { edition, prefix }] of Object.entries(now.layers ?? {})) {
-          if (known[name] !== edition) refresher?.refresh(name, prefix, edition);
+        for (const [name, facts] of Object.entries(now.layers ?? {})) {
+          if (known[name] !== facts.edition) refresher?.refresh(name, facts);
         }
         known = editionsOf(now);
         layers = now.layers ?? {};

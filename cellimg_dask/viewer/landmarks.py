@@ -243,7 +243,10 @@ class Landmarks:
                     layer.annotation_color = _COLORS[side]
                     state.layers.append(name=name, layer=layer)
             if side_by_side:
-                state.layout = _beside_one_another(self.names, self._layers)
+                shown = {
+                    side: self._view.names_in_viewer(name) for side, name in self.names.items()
+                }
+                state.layout = _beside_one_another(shown, self._layers)
         self._handlers = {
             "fixed": lambda state: self._placed("fixed", state),
             "moving": lambda state: self._placed("moving", state),
@@ -386,12 +389,12 @@ def _action(side: str) -> str:
     return f"cellimg-landmark-{side}"
 
 
-def _beside_one_another(names: Mapping[str, str], layers: Mapping[str, str]) -> Any:
+def _beside_one_another(shown: Mapping[str, list[str]], layers: Mapping[str, str]) -> Any:
     import neuroglancer
 
     groups = []
-    for side, name in names.items():
-        group = neuroglancer.LayerGroupViewer(layers=[name, layers[side]], layout="xy")
+    for side, names in shown.items():
+        group = neuroglancer.LayerGroupViewer(layers=[*names, layers[side]], layout="xy")
         if side == "moving":
             group.position.link = "unlinked"
             group.cross_section_scale.link = "unlinked"

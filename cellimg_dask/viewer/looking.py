@@ -146,38 +146,77 @@ class Looking:
         opacity: float | None = None,
         contrast: tuple[float, float] | None = None,
         color: str | tuple[float, float, float] | None = None,
+        channel: int | str | None = None,
     ) -> None:
         """Change how a layer looks; as for `Layer`.
+
+        Parameters
+        ----------
+        name : str
+            Of the layer.
+        visible, opacity, contrast, color
+            What is left out stays.
+        channel : int or str, optional
+            Number or label of the channel that is to look so. Default: all.
 
         Raises
         ------
         KeyError
-            If there is no such layer.
+            If there is no such layer, or no such channel.
         """
         layer = self._layer(name)
         # Checked as those of a layer are.
         looks = Layer(np.zeros(1, np.uint8), opacity=opacity, contrast=contrast, color=color)
+        if layer.kind == "labels" and contrast is not None:
+            raise ValueError(f"layer {name!r} shows labels, which have no contrast")
+        wanted = self.names_in_viewer(name, channel)
         with self.viewer.txn() as state:
-            managed = state.layers[name]
-            if visible is not None:
-                managed.visible = bool(visible)
-            if layer.kind == "labels":
-                if contrast is not None:
-                    raise ValueError(f"layer {name!r} shows labels, which have no contrast")
-                if looks.opacity is not None:
-                    managed.layer.selected_alpha = looks.opacity
-                if looks.color is not None:
-                    managed.layer.segment_default_color = looks.color
-                return
-            if looks.opacity is not None:
-                managed.layer.opacity = looks.opacity
-            controls = dict(managed.layer.shader_controls.to_json())
-            if looks.contrast is not None:
-                controls.update(self._scene.contrast_controls(looks.contrast))
-            if looks.color is not None:
-                controls["color"] = looks.color
-                managed.layer.blend = "additive"
-            managed.layer.shader_controls = controls
+            for each in wanted:
+                managed = state.layers[each]
+                if visible is not None:
+                    managed.visible = bool(visible)
+                if layer.kind == "labels":
+                    self._scene.look_of_labels(managed.layer, looks)
+                else:
+                    self._scene.look_of_image(managed.layer, looks)
+
+    def names_in_viewer(self, name: str, channel: int | str | None = None) -> list[str]:
+        """Return what a layer is called in neuroglancer, where each channel has its own.
+
+        Parameters
+        ----------
+        name : str
+            Of the layer.
+        channel : int or str, optional
+            Number or label of a channel. Default: all.
+
+        Raises
+        ------
+        KeyError
+            If there is no such layer, or no such channel.
+        """
+        names: list[str] = self._scene.names_of(name, self._layer(name))
+        if channel is None:
+            return names
+        number = self._number_of(name, channel)
+        if number >= len(names):
+            raise KeyError(f"layer {name!r} shows one channel at a time; leave out channel")
+        return [names[number]]
+
+    def _number_of(self, name: str, channel: int | str | None) -> int:
+        """Return the number of a channel, given that or its label; by default of the first."""
+        if channel is None:
+            return 0
+        layer = self._layer(name)
+        labels = [each.label for each in layer.channels]
+        if isinstance(channel, str) and channel in labels:
+            return labels.index(channel)
+        count = 0 if layer.channel_axis is None else layer.shape[layer.channel_axis]
+        if channel not in range(count):
+            there = [label for label in labels if label]
+            known = f", called {', '.join(there)}" if there else ""
+            raise KeyError(f"layer {name!r} has no channel {channel!r}: it has {count}{known}")
+        return int(channel)
 
     def selected(self, name: str) -> list[int]:
         """Return the labels that are selected in a layer of labels, in ascending order."""

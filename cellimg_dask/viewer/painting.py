@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellimg_dask.geometry import Space
+from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.space_of import space_of
 from cellimg_dask.viewer.history import History, Stroke
@@ -41,6 +41,8 @@ class Brush:
         A disc is as thin as a voxel across the plane that it is drawn in.
     background : scalar
         What erasing paints.
+    channel : int
+        What is painted in the page, where each channel is seen by itself.
     name : str
         Of the layer.
     space : Space, optional
@@ -82,6 +84,7 @@ class Brush:
         value: Any = 1,
         shape: str = "disc",
         background: Any = 0,
+        channel: int = 0,
         name: str = "",
         space: Space | None = None,
         on_change: Callable[[], object] | None = None,
@@ -99,7 +102,7 @@ class Brush:
         self.name = name
         """Of the layer."""
         self._space = (space_of(source) if space is None else space).named
-        self._free = tuple(axis not in ("t", "c") for axis in self._space.axes or ())
+        self._free = self._space.spatial
         if not any(self._free):
             self._free = (True,) * source.ndim
         self._history = History(source)
@@ -110,6 +113,8 @@ class Brush:
         self._background = self._checked_value(background)
         self._shape = _checked_shape(shape)
         self._erase = False
+        self._channel_axis = self._space.channel_axis
+        self._channel = self._checked_channel(channel)
 
     # ------------------------------------------------------------------ what it is
 
@@ -142,6 +147,15 @@ class Brush:
     def erase(self, erase: bool) -> None:
         self._erase = bool(erase)
         self._changed()
+
+    @property
+    def channel(self) -> int:
+        """What is painted in the page, of an image that has channels."""
+        return self._channel
+
+    @channel.setter
+    def channel(self, channel: int) -> None:
+        self._channel = self._checked_channel(channel)
 
     @property
     def shape(self) -> str:
@@ -256,6 +270,9 @@ class Brush:
         scales = [float(scale) for scale in message["space"]["scales"]]
         points = np.asarray(message["points"], float).reshape(-1, len(names))
         voxels = self._points(voxels_at(self._space, names, scales, points), at_least=0)
+        if self._channel_axis is not None:
+            # The page's dimensions are those that its layers have in common.
+            voxels[:, self._channel_axis] = self._channel
         plane = np.asarray(message["plane"], float).reshape(2, len(names))
         origin = voxels_at(self._space, names, scales, np.zeros((1, len(names))))
         across = voxels_at(self._space, names, scales, plane) - origin
@@ -349,6 +366,14 @@ class Brush:
         if cast is None or (found.dtype.kind in "iub" and dtype.kind in "iu" and cast != found):
             raise ValueError(f"value must be one that {dtype} can hold, got {value!r}")
         return cast[()]
+
+    def _checked_channel(self, channel: Any) -> int:
+        axis = self._channel_axis
+        count = 1 if axis is None else self.source.shape[axis]
+        number = as_int(channel, "channel", minimum=0)
+        if number and number >= count:
+            raise ValueError(f"channel must be below {count}, got {number}")
+        return number
 
     def _check_open(self) -> None:
         if self._closed:

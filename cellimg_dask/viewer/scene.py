@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cellimg_dask.geometry import Space
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import map_cells
+from cellimg_dask.server.channels import Channel
 from cellimg_dask.server.layers import Layer
 from cellimg_dask.server.work import CACHED, COMPUTING, FAILED, WAITING
 from cellimg_dask.viewer.units import factor_of
@@ -28,6 +29,9 @@ __all__ = [
     "contrast_controls",
     "dimensions",
     "look_at_center",
+    "look_of_image",
+    "look_of_labels",
+    "names_of",
     "normal_to_quaternion",
     "place_in",
     "set_contrast",
@@ -67,7 +71,7 @@ def as_shown(layer: Layer, placed: Sequence[Space] = ()) -> Layer:
         if upon is not None:
             shown.spaces = tuple(_laid_upon(upon, own) for own in layer.spaces)
     # Units that the viewer cannot read would keep it from showing the image.
-    shown.spaces = tuple(_readable(space) for space in shown.spaces)
+    shown.spaces = tuple(_with_channels(_readable(space)) for space in shown.spaces)
     return shown
 
 
@@ -116,6 +120,13 @@ def _laid_upon(space: Space, own: Space) -> Space:
         tuple(map(math.prod, zip(space.scale, own.scale, strict=True))),
         tuple(shift + scale * inner for scale, shift, _, inner in steps),
     )
+
+
+def _with_channels(space: Space) -> Space:
+    """Return a space whose axis of channels is called as the viewer knows it."""
+    axis, axes = space.channel_axis, space.axes or ()
+    named = tuple("c" if number == axis else name for number, name in enumerate(axes))
+    return Space(named or None, space.units, space.scale, space.translation)
 
 
 def _readable(space: Space) -> Space:
@@ -216,12 +227,29 @@ def append(
     state: neuroglancer.ViewerState, name: str, shown: Layer, base: str, *, work: bool
 ) -> None:
     """Put a layer above the others, and one that shows the work on it."""
-    make = labels_layer if shown.kind == "labels" else image_layer
-    state.layers.append(name=name, layer=make(shown, source_url(base, name)))
-    state.layers[name].visible = shown.visible
+    url = source_url(base, name)
+    if shown.kind == "labels":
+        state.layers.append(name=name, layer=labels_layer(shown, url))
+        state.layers[name].visible = shown.visible
+    else:
+        channels = shown.channels or (Channel("", shown.color, shown.contrast),)
+        for number, (each, channel) in enumerate(zip(names_of(name, shown), channels, strict=True)):
+            state.layers.append(name=each, layer=image_layer(shown, url, channel, number))
+            state.layers[each].visible = shown.visible and channel.visible
     if work:
         url = source_url(f"{base}/@work", name)
         state.layers.append(name=work_name(name), layer=work_layer(url))
+
+
+def names_of(name: str, layer: Layer) -> list[str]:
+    """Return what a layer is called in the viewer: one name, or one for each channel."""
+    if len(layer.channels) < 2:
+        return [name]
+    labels = [channel.label for channel in layer.channels]
+    return [
+        f"{name} {label if label and labels.count(label) == 1 else f'{label} {number}'.strip()}"
+        for number, label in enumerate(labels)
+    ]
 
 
 def work_name(name: str) -> str:
@@ -253,15 +281,24 @@ void main() {
 """
 
 
-def image_layer(layer: Layer, url: str) -> neuroglancer.ImageLayer:
-    """Return a layer of measured values."""
-    made = neuroglancer.ImageLayer(source=url, shader=_SHADER % (layer.color or "white"))
+def image_layer(layer: Layer, url: str, channel: Channel, number: int) -> neuroglancer.ImageLayer:
+    """Return a layer of measured values, or of those of one channel."""
+    made = neuroglancer.ImageLayer(source=url, shader=_SHADER % (channel.color or "white"))
     made.opacity = 1.0 if layer.opacity is None else layer.opacity
-    if layer.color is not None:
+    if channel.color is not None:
         # Colours add up, as light does.
         made.blend = "additive"
-    if layer.contrast is not None:
-        made.shader_controls = contrast_controls(layer.contrast)
+    if channel.contrast is not None:
+        made.shader_controls = contrast_controls(channel.contrast)
+    axis = layer.channel_axis
+    if layer.channels and axis is not None:
+        # neuroglancer reads the axis "c" as one of each layer's own, which it calls so.
+        space = layer.space
+        factor, base = factor_of(space.units[axis])
+        made.local_dimensions = neuroglancer.CoordinateSpace(
+            names=["c'"], scales=[space.scale[axis] * factor], units=[base]
+        )
+        made.local_position = [space.translation[axis] / space.scale[axis] + number]
     return made
 
 
@@ -274,11 +311,29 @@ def contrast_controls(contrast: tuple[float, float]) -> Mapping[str, Any]:
 def labels_layer(layer: Layer, url: str) -> neuroglancer.SegmentationLayer:
     """Return a layer of numbers of objects."""
     made = neuroglancer.SegmentationLayer(source=url)
-    if layer.opacity is not None:
-        made.selected_alpha = layer.opacity
-    if layer.color is not None:
-        made.segment_default_color = layer.color
+    look_of_labels(made, layer)
     return made
+
+
+def look_of_image(shown: neuroglancer.ImageLayer, looks: Layer) -> None:
+    """Have measured values look as is said; what nobody has said stays."""
+    if looks.opacity is not None:
+        shown.opacity = looks.opacity
+    controls = dict(shown.shader_controls.to_json())
+    if looks.contrast is not None:
+        controls.update(contrast_controls(looks.contrast))
+    if looks.color is not None:
+        controls["color"] = looks.color
+        shown.blend = "additive"
+    shown.shader_controls = controls
+
+
+def look_of_labels(shown: neuroglancer.SegmentationLayer, looks: Layer) -> None:
+    """Have labels look as is said; what nobody has said stays."""
+    if looks.opacity is not None:
+        shown.selected_alpha = looks.opacity
+    if looks.color is not None:
+        shown.segment_default_color = looks.color
 
 
 _WORK_COLORS = {CACHED: "#2a6", COMPUTING: "#fc0", FAILED: "#e22", WAITING: "#38f"}

@@ -9,7 +9,6 @@ import threading
 import time
 import webbrowser
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +71,7 @@ class View(Looking):
         self._brush: Brush | None = None
         self._landmarks: list[Landmarks] = []
         self._surfaces: dict[str, Surfaces] = {}
-        self._unseen: set[str] = set()
+        self._unseen: dict[str, tuple[str, int]] = {}
         self._closed = False
         given = as_layers(layers)
         # The page is of another origin.
@@ -149,7 +148,7 @@ class View(Looking):
 
     def remove(self, name: str) -> None:
         """Show a layer no more."""
-        self._layer(name)
+        shown = self._shown_of(name, self._layer(name))
         with self._lock:
             if self._brush is not None and self._brush.name == name:
                 self._brush.close()
@@ -157,9 +156,10 @@ class View(Looking):
             self._editions.forget(name)
             self._editions.forget(self._scene.work_name(name))
             self._surfaces.pop(name, None)
-            self._unseen.discard(name)
+            for each in shown:
+                self._unseen.pop(each, None)
         with self.viewer.txn() as state:
-            for each in (name, self._scene.work_name(name)):
+            for each in shown:
                 if each in state.layers:
                     del state.layers[each]
         self._tell()
@@ -274,6 +274,7 @@ class View(Looking):
         size: float | None = None,
         value: Any = 1,
         shape: str = "disc",
+        channel: int | str | None = None,
     ) -> Brush:
         """Paint into a layer: hold P and drag.
 
@@ -290,6 +291,9 @@ class View(Looking):
             What is painted.
         shape : {"disc", "ball"}
             Whether the plane that is shown is painted, or what lies around it as well.
+        channel : int or str, optional
+            Number or label of the channel that is painted, if there are several. Default: the
+            first.
 
         Returns
         -------
@@ -310,6 +314,7 @@ class View(Looking):
             size=size,
             value=value,
             shape=shape,
+            channel=self._number_of(name, channel),
             name=name,
             space=self._shown_layer(name).space,
             on_change=self._tell,
@@ -426,15 +431,19 @@ class View(Looking):
             brush = self._brush
             numbers = self._editions.numbers()
             layers = {}
-            for name in self._given:
-                urls = {name: self._scene.source_url(base, name)}
-                urls[self._scene.work_name(name)] = self._scene.source_url(f"{base}/@work", name)
-                for shown, url in urls.items():
-                    if shown in numbers:
-                        layers[shown] = {
-                            "edition": numbers[shown],
+            for name, layer in self._given.items():
+                work, shown_as = self._scene.work_name(name), self._scene.names_of(name, layer)
+                told = [
+                    (name, self._scene.source_url(base, name), shown_as),
+                    (work, self._scene.source_url(f"{base}/@work", name), [work]),
+                ]
+                for each, url, shown in told:
+                    if each in numbers:
+                        layers[each] = {
+                            "edition": numbers[each],
                             "prefix": url.removeprefix("zarr3://"),
-                            "changes": shown != name,
+                            "shown": shown,
+                            "changes": each != name,
                         }
             facts = None if brush is None or brush.closed else brush.facts()
             self._frame.tell(layers=layers, brush=facts)
@@ -446,21 +455,37 @@ class View(Looking):
         self._tell()
         if name in self._surfaces:
             self._frame.soon(name, lambda: self._renew_meshes(name))
-        if self._by_address and name in self._given and not self._closed:
+        layer = self._given.get(name)
+        if self._by_address and layer is not None and not self._closed:
             url = self._scene.source_url(self.server.url, name, edition)
+            shown = self._scene.names_of(name, layer)
 
             def readdress(state: Any) -> None:
-                if name in state.layers:
-                    state.layers[name].layer.source[0].url = url
+                for each in shown:
+                    if each in state.layers:
+                        state.layers[each].layer.source[0].url = url
 
             self.viewer.retry_txn(readdress, lock=True)
 
     # ------------------------------------------------------------------ beginning and end
 
+    def _shown_of(self, name: str, layer: Layer) -> list[str]:
+        """Return what is called so in the viewer on account of a layer."""
+        work = [self._scene.work_name(name)] if self._work else []
+        return [*self._scene.names_of(name, layer), *work]
+
     def _prepare(self, name: str, layer: Layer, placed: Sequence[Space]) -> None:
-        others = {self._scene.work_name(each) for each in self._given}
-        if self._work and (name in others or self._scene.work_name(name) in self._given):
-            raise ValueError(f"layer {name!r} is called as the layer of work on another one")
+        taken = {
+            shown: other
+            for other, known in self._given.items()
+            for shown in self._shown_of(other, known)
+        }
+        for shown_name in self._shown_of(name, layer):
+            if shown_name in taken:
+                raise ValueError(
+                    f"{shown_name!r} is in the viewer already, on account of layer "
+                    f"{taken[shown_name]!r}; call layer {name!r} something else"
+                )
         shown = self._scene.as_shown(layer, placed)
         self._scene.dimensions([*(each.space for each in self.server.layers.values()), shown.space])
         with self._lock:
@@ -484,15 +509,15 @@ class View(Looking):
             self._find_contrast(name)
 
     def _find_contrast(self, name: str) -> None:
-        """Have a range of values found; of a layer that is hidden once it is shown."""
-        shown = self._shown_layer(name)
-        if shown.kind != "image" or shown.contrast is not None:
+        """Have ranges of values found; of what is hidden once it is shown."""
+        layer = self._shown_layer(name)
+        if layer.kind != "image":
             return
-        layers = self.viewer.state.layers
-        if name in layers and not layers[name].visible:
-            self._unseen.add(name)
-        else:
-            find_contrast(shown.images[-1], lambda found: self._set_contrast(name, found))
+        looks = layer.channels or (layer,)
+        for number, shown in enumerate(self._scene.names_of(name, layer)):
+            if looks[number].contrast is None:
+                self._unseen[shown] = (name, number)
+        self._look()
 
     def _look_later(self) -> None:
         # The state is locked while it says that it has changed.
@@ -504,18 +529,20 @@ class View(Looking):
         with self._lock:
             if self._closed:
                 return
-            self._unseen &= self._given.keys()
             seen = [name for name in self._unseen if name in layers and layers[name].visible]
-            self._unseen.difference_update(seen)
-        for name in seen:
+            wanted = {shown: self._unseen.pop(shown) for shown in seen}
+        for shown, (name, number) in wanted.items():
+            layer = self.server.layers.get(name)
             # Unless it was removed meanwhile.
-            with suppress(KeyError):
-                self._find_contrast(name)
+            if layer is not None:
+                axis = layer.channel_axis
+                at = {} if axis is None or not layer.channels else {axis: number}
+                find_contrast(layer.images[-1], partial(self._set_contrast, shown), at)
 
-    def _set_contrast(self, name: str, contrast: tuple[float, float]) -> None:
+    def _set_contrast(self, shown: str, contrast: tuple[float, float]) -> None:
         if not self._closed:
             self.viewer.retry_txn(
-                lambda state: self._scene.set_contrast(state, name, contrast), lock=True
+                lambda state: self._scene.set_contrast(state, shown, contrast), lock=True
             )
 
     def _append(self, state: Any, name: str) -> None:

@@ -146,7 +146,11 @@ def cluster() -> Iterator[Any]:
     """A cluster of two processes, which gives up on a task after one death."""
     dask = pytest.importorskip("dask")
     distributed = pytest.importorskip("distributed")
-    settings = {"distributed.scheduler.allowed-failures": 0}
+    settings = {
+        "distributed.scheduler.allowed-failures": 0,
+        # A worker that takes long to come back, on a busy machine, is not given up.
+        "distributed.deploy.lost-worker-timeout": "1 hour",
+    }
     with (
         dask.config.set(settings),
         distributed.LocalCluster(

@@ -78,7 +78,7 @@ def open_queue():
 @pytest.fixture
 def queue(client):
     # One is enough: a worker that is killed while it starts is not started again.
-    with ci.BlockQueue(1, backend=client, timeout_s=20) as queue:
+    with ci.BlockQueue(1, backend=client, timeout_s=60) as queue:
         yield queue
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("distributed")
 
 @pytest.fixture
 def queue(client):
-    with ci.BlockQueue(2, backend=client, timeout_s=20) as queue:
+    with ci.BlockQueue(2, backend=client, timeout_s=60) as queue:
         yield queue
 
 

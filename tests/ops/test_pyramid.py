@@ -593,7 +593,6 @@ IMAGE = np.zeros((8, 9))
         ({"factors": {0: 2, 1: 2}}, TypeError, "in the order of axes"),
         ({"factors": [{1, 2}]}, TypeError, r"factors\[0\] must be a number, or"),
         ({"factors": [2, (2, 2), 1.0]}, TypeError, r"factors\[2\] must be an integer"),
-        ({"factors": None}, TypeError, "integer"),
         ({"factors": [(2, 2), (2,)]}, ValueError, r"factors\[1\] must have one value for each"),
         ({"factors": [(2, 2), (2, 0)]}, ValueError, r"factors\[1\]\[1\] must be at least 1"),
         ({"factors": [(2, 2)], "levels": 3}, ValueError, "expected 2 levels"),
@@ -635,3 +634,21 @@ def test_overflowing_floats_are_as_in_numpy() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         np.testing.assert_array_equal(downsample_mean(image, (2,)), image.reshape(2, 2).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("axes", "factors"),
+    [
+        ("tczyx", (1, 1, 2, 2, 2)),
+        ("yxs", (2, 2, 1)),
+        (("time", "channel", "row"), (1, 1, 2)),
+        (None, (1, 1, 2, 2, 2)),
+        (("dim_0", "a"), (2, 2)),
+    ],
+)
+def test_neither_times_nor_channels_are_put_together(axes, factors):
+    space = None if axes is None else ci.Space.of(len(axes), axes)
+    source = ci.Source(np.zeros((4,) * len(factors), "u1"), space=space)
+    found = ci.pyramid(source, 2)
+    assert found.scales[1] == factors
+    assert ci.pyramid(source, 2, factors=2).scales[1] == (2,) * len(factors)

@@ -297,6 +297,55 @@ def test_cells_that_fail_are_told_by_wait(show: Any) -> None:
         shown.wait(3)
 
 
+def test_channels_are_seen_together_and_hidden_ones_are_not_computed(show: Any) -> None:
+    class Channels(Counted):
+        def __call__(self, block: Any) -> None:
+            with self._lock:
+                self.cells.append(block.position)
+            # The first is bright on the left, the second at the top, the third all over.
+            rows, columns = np.ogrid[block.roi.start[1] : block.roi.stop[1],
+                                     block.roi.start[2] : block.roi.stop[2]]  # fmt: skip
+            block.data[...] = 200 * [columns < 32, rows < 32, rows >= 0][block.position[0]]
+
+    counted = Channels()
+    image = ci.fill_cells(counted, ci.CellGrid((3, 64, 64), (1, 32, 32)), dtype="u1")
+    looks = [
+        ci.Channel("left", "#ff0000", (0, 200)),
+        ci.Channel("top", "#00ff00", (0, 200)),
+        ci.Channel("all", "#0000ff", (0, 200), visible=False),
+    ]
+    shown = show({"cells": Layer(image.with_space(axes="cyx"), channels=looks)}, layout="xy")
+    shown.zoom(0.25)
+
+    def corners() -> list[list[int]]:
+        seen = picture(shown.screenshot(size=(WIDTH, HEIGHT), timeout=TIMEOUT_S))
+        y, x = HEIGHT // 2, WIDTH // 2
+        return [seen[y + dy, x + dx].tolist() for dy in (-60, 60) for dx in (-60, 60)]
+
+    assert corners() == [[255, 255, 0], [0, 255, 0], [255, 0, 0], [0, 0, 0]]
+    # All cells of both that are seen, once each.
+    assert counted.take() == list(product((0, 1), (0, 1), (0, 1)))
+    shown.show("cells", channel="all", visible=True)
+    shown.show("cells", channel="left", visible=False)
+    assert corners() == [[0, 255, 255], [0, 255, 255], [0, 0, 255], [0, 0, 255]]
+    assert counted.take() == list(product((2,), (0, 1), (0, 1)))
+
+
+def test_a_change_of_one_channel_is_seen_where_a_chunk_holds_all(show: Any) -> None:
+    source = ci.Source(
+        np.zeros((2, 64, 64), "u1"), cell_shape=(2, 64, 64), space=ci.Space.of(3, "cyx")
+    )
+    layer = Layer(source, contrast=(0, 100), channels=[ci.Channel(color="#ff0000"), "green"])
+    shown = show({"cells": layer}, layout="xy")
+    shown.zoom(0.25)
+    middle = (HEIGHT // 2 - 20, WIDTH // 2 - 20)
+    before = picture(shown.screenshot(size=(WIDTH, HEIGHT), timeout=TIMEOUT_S))
+    assert before[middle].tolist() == [0, 0, 0]
+    source[1] = 100
+    after = picture(shown.screenshot(size=(WIDTH, HEIGHT), timeout=TIMEOUT_S))
+    assert after[middle].tolist() == [0, 255, 0]
+
+
 # ------------------------------------------------------------------ labels, painting, landmarks
 
 

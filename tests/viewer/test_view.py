@@ -188,6 +188,132 @@ def test_work_is_shown_as_layers(page: Any) -> None:
         assert [each.name for each in v.viewer.state.layers] == []
 
 
+# ------------------------------------------------------------------ channels
+
+
+def cells(cell_shape: Any = (1, 4, 20, 30), **options: Any) -> Layer:
+    """Three channels of a volume: a brightness of 0 to 9, 100 to 109, 200 to 209."""
+    values = np.zeros((3, 4, 20, 30), "u2")
+    values += (100 * np.arange(3)[:, None, None, None] + np.arange(30) % 10).astype("u2")
+    space = ci.Space.of(4, "czyx", scale=(1, 2, 0.5, 0.5))
+    return Layer(ci.Source(values, cell_shape=cell_shape, space=space), **options)
+
+
+def test_each_channel_is_a_layer_of_the_viewer(page: Any) -> None:
+    layer = cells(channels=["dna", ci.Channel("actin", "red", (3, 4)), ci.Channel(visible=False)])
+    with view({"cells": layer, "plain": lazy()}) as v:
+        names = ["cells dna", "cells actin", "cells 2"]
+        assert v.names_in_viewer("cells") == names
+        assert [each.name for each in v.viewer.state.layers] == [*names, "plain"]
+        assert list(v.layers) == ["cells", "plain"]
+        layers = v.viewer.state.layers
+        for number, name in enumerate(names):
+            shown = layers[name].layer
+            assert shown.source[0].url == f"zarr3://{v.server.url}/cells/"
+            assert shown.local_position == [number]
+            assert shown.local_dimensions.names == ("c'",)
+            assert shown.blend == "additive"
+            assert layers[name].visible == (number < 2)
+        assert "c" not in v.viewer.state.dimensions.names
+        # Each has a contrast of its own; that of what is hidden is looked for once it is seen.
+        found = {name: layers[name].layer.shader_controls.to_json() for name in names}
+        assert found["cells actin"]["normalized"]["range"] == [3, 4]
+
+        def low(name: str) -> Any:
+            controls = v.viewer.state.layers[name].layer.shader_controls.to_json()
+            return controls.get("normalized", {}).get("range", [None])[0]
+
+        until(lambda: low("cells dna") is not None)
+        assert low("cells dna") < 1
+        assert low("cells 2") is None
+        assert v.server.layers["cells"].image.peek((2, 0, 0, 0)) is None
+        v.show("cells", visible=True, channel=2)
+        until(lambda: low("cells 2") is not None)
+        assert 200 <= low("cells 2") < 201
+        (facts,) = (each for _, each in zip(range(1), page(v).facts(), strict=False))
+        assert facts["layers"]["cells"]["shown"] == names
+        assert facts["layers"]["plain"]["shown"] == ["plain"]
+        v.remove("cells")
+        assert [each.name for each in v.viewer.state.layers] == ["plain"]
+
+
+def test_looks_of_channels() -> None:
+    with view({"cells": cells(channels=["dna", "actin", ""]), "plain": lazy()}) as v:
+        layers = v.viewer.state.layers
+
+        def controls(name: str) -> Any:
+            return v.viewer.state.layers[name].layer.shader_controls.to_json()
+
+        v.show("cells", channel="actin", color="blue", contrast=(1, 2), opacity=0.5)
+        assert controls("cells actin")["color"] == "blue"
+        assert "color" not in controls("cells dna")
+        v.show("cells", channel=0, visible=False)
+        layers = v.viewer.state.layers
+        assert [layers[each].visible for each in v.names_in_viewer("cells")] == [False, True, True]
+        v.show("cells", visible=False, contrast=(5, 6))
+        layers = v.viewer.state.layers
+        assert not any(layers[each].visible for each in v.names_in_viewer("cells"))
+        assert {str(controls(each)["normalized"]) for each in v.names_in_viewer("cells")} == {
+            str(controls("cells dna")["normalized"])
+        }
+        with pytest.raises(KeyError, match="no channel 'er': it has 3, called dna, actin"):
+            v.show("cells", channel="er", visible=True)
+        with pytest.raises(KeyError, match="no channel 3"):
+            v.show("cells", channel=3, visible=True)
+        with pytest.raises(KeyError, match="no channel 0: it has 0"):
+            v.show("plain", channel=0, visible=True)
+
+
+def test_one_channel_at_a_time() -> None:
+    with view({"cells": cells(channels=())}) as v:
+        assert v.names_in_viewer("cells") == ["cells"]
+        assert v.viewer.state.layers["cells"].layer.local_position is None
+        with pytest.raises(KeyError, match="one channel at a time"):
+            v.show("cells", channel=1, visible=True)
+
+
+def test_names_of_channels_are_told_apart() -> None:
+    with view({"cells": cells(channels=["a", "a", "b"])}) as v:
+        assert v.names_in_viewer("cells") == ["cells a 0", "cells a 1", "cells b"]
+        with pytest.raises(
+            ValueError, match="'cells b' is in the viewer already, on account of layer 'cells'"
+        ):
+            v.add("cells b", lazy())
+        v.add("other", lazy())
+        assert v.names_in_viewer("other") == ["other"]
+
+
+def test_a_picture_of_colours_is_shown_as_channels() -> None:
+    picture = ci.Source(np.zeros((8, 9, 3), "u1"), space=ci.Space.of(3, "yxs"))
+    with view({"picture": picture}) as v:
+        assert v.names_in_viewer("picture") == [f"picture {c}" for c in ("red", "green", "blue")]
+        assert v.viewer.state.dimensions.names == ("x", "y")
+        assert v.server.layers["picture"].space.axes == ("y", "x", "c")
+
+
+def test_one_channel_is_painted(page: Any) -> None:
+    layer = cells(channels=["dna", "actin", "er"])
+    with view({"cells": layer}) as v:
+        brush = v.paint("cells", channel="actin", value=7, size=0.5)
+        assert brush.channel == 1
+        space = {"names": ["x", "y", "z"], "scales": [0.5, 0.5, 2], "units": ["", "", ""]}
+        message = {
+            "kind": "stroke", "stroke": "1", "points": [[3, 4, 2]], "erase": False, "end": True,
+            "plane": [[1, 0, 0], [0, 1, 0]], "space": space,
+        }  # fmt: skip
+        source = layer.given
+        before = source[...]
+        assert page(v).tell(message) == (200, {"changed": 1})
+        assert np.argwhere(source[...] != before).tolist() == [[1, 2, 4, 3]]
+        brush.channel = 2
+        page(v).tell({**message, "stroke": "2"})
+        assert source[2, 2, 4, 3] == 7
+        with pytest.raises(ValueError, match="channel must be below 3, got 3"):
+            brush.channel = 3
+        with pytest.raises(KeyError, match="no channel 'x'"):
+            v.paint("cells", channel="x")
+
+
 # ------------------------------------------------------------------ looking
 
 
@@ -438,9 +564,11 @@ def test_strangers_cannot_fill_the_memory(shown: View) -> None:
 
 
 def test_names_that_others_need() -> None:
-    with pytest.raises(ValueError, match="'work on a' is called as"):
+    with pytest.raises(
+        ValueError, match="'work on a' is in the viewer already, on account of layer"
+    ):
         view({"a": lazy(), "work on a": lazy()}, work=True)
-    with pytest.raises(ValueError, match="'a' is called as"):
+    with pytest.raises(ValueError, match="call layer 'a' something else"):
         view({"work on a": lazy(), "a": lazy()}, work=True)
     with view({"a": lazy(), "work on a": lazy(), "landmarks of a": lazy()}) as v:
         assert len(v.viewer.state.layers) == 3
@@ -630,7 +758,7 @@ def test_of_a_hidden_layer_nothing_is_computed_until_it_is_shown() -> None:
     with view({"below": lazy(), "hidden": Layer(image, visible=False)}) as shown:
         shown.show("hidden", opacity=0.5)
         assert image.stats().loads == 0
-        assert shown._unseen == {"hidden"}
+        assert list(shown._unseen) == ["hidden"]
         shown.show("hidden", visible=True)
         until(lambda: shown.viewer.state.layers["hidden"].shader_controls.to_json() != {})
         assert image.stats().loads == 1

@@ -1,0 +1,177 @@
+"""How the channels of an image look, by what the file, the user or nobody says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cellimg_dask as ci
+from cellimg_dask.server.channels import Channel
+from cellimg_dask.server.layers import Layer
+
+
+def stack(number: int = 3, axes: str = "cyx", dtype: str = "u2") -> ci.Source:
+    shape = [4] * len(axes)
+    shape[next(axes.index(name) for name in "cs" if name in axes)] = number
+    return ci.Source(np.zeros(shape, dtype), space=ci.Space.of(len(axes), axes))
+
+
+def colors(layer: Layer) -> list[Any]:
+    return [channel.color for channel in layer.channels]
+
+
+def test_colours_where_nothing_is_said() -> None:
+    assert colors(Layer(stack(2))) == ["#ff00ff", "#00ff00"]
+    assert colors(Layer(stack(1))) == [None]
+    many = colors(Layer(stack(16)))
+    assert len(set(many)) == 6
+    assert many[:6] == many[6:12]
+    layer = Layer(stack(3), color="red", contrast=(1, 2))
+    assert colors(layer) == ["red"] * 3
+    assert [channel.contrast for channel in layer.channels] == [(1, 2)] * 3
+
+
+@pytest.mark.parametrize(("dtype", "white"), [("u1", 255), ("u2", 65535), ("f4", 1)])
+def test_colours_of_pictures_are_those_of_the_picture(dtype: str, white: float) -> None:
+    layer = Layer(stack(4, "yxs", dtype))
+    assert layer.channel_axis == 2
+    assert colors(layer)[:3] == ["#ff0000", "#00ff00", "#0000ff"]
+    assert [each.contrast for each in layer.channels] == [(0, white)] * 4
+    assert [each.visible for each in layer.channels] == [True, True, True, False]
+    assert [each.label for each in layer.channels] == ["red", "green", "blue", "alpha"]
+    # Two samples are no picture, and one of many channels may hold samples.
+    assert colors(Layer(stack(2, "yxs"))) == ["#ff00ff", "#00ff00"]
+    both = ci.Source(np.zeros((2, 4, 4, 3), "u1"), space=ci.Space.of(4, "cyxs"))
+    assert Layer(both).channel_axis == 0
+
+
+def test_what_is_not_shown_by_channels() -> None:
+    assert Layer(stack(17)).channels == ()
+    assert len(Layer(stack(17), channels=[""] * 17).channels) == 17
+    assert Layer(stack(3), channels=()).channels == ()
+    assert Layer(stack(3), kind="labels").channels == ()
+    assert Layer(stack(0)).channels == ()
+    # Of four unnamed axes the first may be time as well.
+    assert Layer(np.zeros((3, 4, 4, 4), "u1")).channels == ()
+
+
+def test_what_the_user_says() -> None:
+    said = ["nuclei", Channel("actin", "#FF8000", (3, 9), visible=False), Channel()]
+    layer = Layer(stack(3), channels=said)
+    assert [each.label for each in layer.channels] == ["nuclei", "actin", ""]
+    assert colors(layer) == ["#00ffff", "#ff8000", "#ff00ff"]
+    assert layer.channels[1].contrast == (3, 9)
+    assert [each.visible for each in layer.channels] == [True, False, True]
+    assert Channel(color=(1, 0.5, 0)).color == "#ff8000"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (["a"], ValueError, "has 3 channels, along axis 0, and 1 are given"),
+        ("abc", TypeError, "sequence of Channel or of labels, got 'abc'"),
+        ([1, 2, 3], TypeError, "a Channel or its label, got 1"),
+        (7, TypeError, "got 7"),
+    ],
+)
+def test_channels_that_do_not_fit(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Layer(stack(3), channels=given)
+
+
+def test_channels_of_what_has_none() -> None:
+    with pytest.raises(ValueError, match=r'along an axis "c".*with_space\(axes='):
+        Layer(np.zeros((3, 4, 4)), channels=["a", "b", "c"])
+    with pytest.raises(ValueError, match="this layer shows labels"):
+        Layer(stack(3), kind="labels", channels=["a", "b", "c"])
+    with pytest.raises(TypeError, match="label of a channel must be a text, got 3"):
+        Channel(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="color"):
+        Channel(color="rot")
+    with pytest.raises(ValueError, match="contrast"):
+        Channel(contrast=(1, 1))
+
+
+def described(path: Path, channels: Any) -> Path:
+    """An image in OME-Zarr that says something of its channels."""
+    import zarr
+
+    ci.write_ome_zarr(stack(2), path, progress=False)
+    group = zarr.open_group(path)
+    group.attrs["ome"] = {**group.attrs["ome"], "omero": {"channels": channels}}
+    return path
+
+
+def test_what_ome_zarr_says(tmp_path: Path) -> None:
+    channels = [
+        {"label": "DAPI", "color": "0000FF", "window": {"start": 1, "end": 9, "min": 0, "max": 99}},
+        {"label": "GFP", "color": "00ff00", "active": False},
+    ]
+    with ci.open_image(described(tmp_path / "a.ome.zarr", channels)) as image:
+        layer = Layer(image)
+        assert layer.channels == (
+            Channel("DAPI", "#0000ff", (1, 9)),
+            Channel("GFP", "#00ff00", None, visible=False),
+        )
+        # What is said here goes before what the file says.
+        first = Layer(image, channels=[Channel(color="red"), "eGFP"]).channels
+        assert first[0] == Channel("DAPI", "red", (1, 9))
+        assert first[1] == Channel("eGFP", "#00ff00", None, visible=False)
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [
+        [{}, {"label": 3, "color": "nice", "window": [1, 2], "active": None}],
+        [{"color": 255, "window": {"start": "a", "end": 1}}, {"window": {"start": 1, "end": 1}}],
+        [{"window": {"start": float("inf"), "end": 0}}, {"window": {}}],
+        [{"label": "only one"}],
+    ],
+)
+def test_what_makes_no_sense_counts_for_nothing(tmp_path: Path, channels: Any) -> None:
+    with ci.open_image(described(tmp_path / "a.ome.zarr", channels)) as image:
+        assert Layer(image).channels == (
+            Channel("", "#ff00ff"),
+            Channel("", "#00ff00"),
+        )
+
+
+def test_what_tiff_says(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    data = np.zeros((2, 5, 6), "u2")
+    said = {"Name": ["DAPI", "GFP"], "Color": [0x0000FFFF, -16776961]}
+    tifffile.imwrite(tmp_path / "a.ome.tif", data, metadata={"axes": "CYX", "Channel": said})
+    with ci.open_image(tmp_path / "a.ome.tif") as image:
+        assert Layer(image).channels == (
+            Channel("DAPI", "#0000ff"),
+            Channel("GFP", "#ff0000"),
+        )
+    # White is what OME says where nobody has chosen.
+    tifffile.imwrite(
+        tmp_path / "b.ome.tif", data, metadata={"axes": "CYX", "Channel": {"Color": [-1, -1]}}
+    )
+    with ci.open_image(tmp_path / "b.ome.tif") as image:
+        assert image.channels == ()
+        assert colors(Layer(image)) == ["#ff00ff", "#00ff00"]
+
+
+def test_what_imagej_says(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    data = np.zeros((3, 2, 5, 6), "u2")
+    ramp = np.arange(256, dtype="u1")
+    red, yellow = (np.stack([ramp, part, 0 * ramp]) for part in (0 * ramp, ramp))
+    metadata = {"axes": "ZCYX", "LUTs": [red, yellow], "Ranges": (5.0, 50.0, 6.0, 60.0)}
+    tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata=metadata)
+    with ci.open_image(tmp_path / "a.tif") as image:
+        assert Layer(image).channels == (
+            Channel("", "#ff0000", (5, 50)),
+            Channel("", "#ffff00", (6, 60)),
+        )
+    tifffile.imwrite(
+        tmp_path / "b.tif", data, imagej=True, metadata={"axes": "ZCYX", "Ranges": (5.0, 50.0)}
+    )
+    with ci.open_image(tmp_path / "b.tif") as image:
+        assert image.channels == ()
