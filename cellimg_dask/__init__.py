@@ -42,6 +42,7 @@ from cellimg_dask.image.input import Input
 from cellimg_dask.image.request import Request
 from cellimg_dask.image.source import Source
 from cellimg_dask.image.stats import stats
+from cellimg_dask.io.channels import Channel
 from cellimg_dask.io.listing import list_images
 from cellimg_dask.io.open_image import open_image
 from cellimg_dask.io.opened import ListedArray
@@ -72,7 +73,6 @@ from cellimg_dask.queues.environments import Env
 from cellimg_dask.queues.rules import BlockUpdate
 from cellimg_dask.schemas.block_schema import BlockSchema
 from cellimg_dask.schemas.describe import describe
-from cellimg_dask.server.channels import Channel
 from cellimg_dask.server.layers import Layer
 from cellimg_dask.server.serving import Server, asgi_app, serve
 from cellimg_dask.state.cache import CacheStats, CellCache, get_cache, set_cache

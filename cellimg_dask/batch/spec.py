@@ -81,6 +81,8 @@ class OmeZarrSpec(SpecModel):
     """Of OME-Zarr."""
     name: str | None = None
     """Of the image; default: that of the file."""
+    channels: list[str] | None = None
+    """What the channels are called."""
 
 
 class Settings(SpecModel):
@@ -206,7 +208,7 @@ class _Voxels(_FromBlocks):
     sharded: bool | None = None
     """Whether the chunks of a cell are one object."""
     ome_zarr: OmeZarrSpec = OmeZarrSpec()
-    """How OME-Zarr is written: levels, factors, version, name."""
+    """How OME-Zarr is written: levels, factors, version, name, channels."""
 
     @property
     def is_ome_zarr(self) -> bool:

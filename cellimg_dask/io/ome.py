@@ -5,7 +5,7 @@ Source: the OME-NGFF specification, versions 0.4 and 0.5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from cellimg_dask.geometry import Space
@@ -66,11 +66,17 @@ def image_attributes(
     version: OmeVersion = "0.5",
     *,
     is_labels: bool = False,
+    omero: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the attributes of the group of an image, or of one of labels; see `multiscales`."""
+    """Return the attributes of the group of an image, or of one of labels; see `multiscales`.
+
+    What is said of its channels, ``omero``, is given as it is to stand there.
+    """
     scales = multiscales(spaces, paths, name)
     # An image of labels says so, even where there is nothing more to say.
     more: dict[str, Any] = {"image-label": {}} if is_labels else {}
+    if omero is not None:
+        more["omero"] = dict(omero)
     if version == "0.4":
         more = {key: {"version": version, **value} for key, value in more.items()}
         return {"multiscales": [{"version": version, **scales}], **more}

@@ -36,6 +36,10 @@ class Part(Protocol):
         """Whether voxels are numbers of objects."""
 
     @property
+    def omero(self) -> Mapping[str, Any] | None:
+        """What is said of its channels."""
+
+    @property
     def places(self) -> list[str]:
         """Where the levels are, from the group."""
 
@@ -146,6 +150,7 @@ class OmeGroup:
                     image.name,
                     self.version,
                     is_labels=image.is_labels,
+                    omero=image.omero,
                 ),
             )
         new = [image.name for image in images if image.path]

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cellimg_dask.geometry import Space
+from cellimg_dask.io.channels import Channel, channel_of_omero
 from cellimg_dask.io.spaces import tolerant_space
 
 __all__ = [
     "Multiscale",
-    "channels_of",
+    "channels_in",
     "field_names",
     "label_names",
     "multiscale_of",
@@ -97,10 +98,11 @@ def multiscale_of(attributes: Mapping[str, Any]) -> Multiscale | None:
     return None
 
 
-def channels_of(attributes: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Return what is said of the channels: label, colour, window."""
+def channels_in(attributes: Mapping[str, Any]) -> tuple[Channel, ...]:
+    """Return what is said of the channels."""
     omero = ome_part(attributes).get("omero")
-    return tuple(_mappings(omero.get("channels"))) if isinstance(omero, Mapping) else ()
+    said = _mappings(omero.get("channels")) if isinstance(omero, Mapping) else ()
+    return tuple(map(channel_of_omero, said))
 
 
 def label_names(attributes: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from uuid import uuid4
 import numpy as np
 
 from cellimg_dask.geometry import Space
+from cellimg_dask.io.channels import Channel
 from cellimg_dask.io.location import Location, UnreadableError
 
 __all__ = ["Found", "ListedArray", "choose", "joined"]
@@ -69,7 +70,7 @@ class Found:
         Label images that belong to it.
     open_label : callable
         From such a name to what was found.
-    channels : sequence of mappings
+    channels : sequence of Channel
         What is said of channels.
     is_labels : bool
         Whether the voxels are numbers of objects.
@@ -93,7 +94,7 @@ class Found:
         attributes: Mapping[str, Any] | None = None,
         labels: Sequence[str] = (),
         open_label: Callable[[str], Found] | None = None,
-        channels: Sequence[Mapping[str, Any]] = (),
+        channels: Sequence[Channel] = (),
         is_labels: bool = False,
         close: Callable[[], None] | None = None,
     ) -> None:

@@ -17,6 +17,7 @@ from cellimg_dask.image.gridded import Gridded
 from cellimg_dask.image.indexing import take_boxes
 from cellimg_dask.image.labelled import to_xarray
 from cellimg_dask.image.space_of import Placed
+from cellimg_dask.io.channels import Channel
 from cellimg_dask.io.listing import found_at
 from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import dask.array
     import xarray
 
-__all__ = ["StoredImage"]
+__all__ = ["StoredImage", "said_of_channels"]
 
 
 class StoredImage(StandsFor, Gridded, Placed):
@@ -124,8 +125,8 @@ class StoredImage(StandsFor, Gridded, Placed):
         return self._found.is_labels
 
     @property
-    def channels(self) -> tuple[Mapping[str, Any], ...]:
-        """What the file says of each channel, as OME-Zarr has it: label, color, window."""
+    def channels(self) -> tuple[Channel, ...]:
+        """What the file says of each channel: label, colour, contrast, whether it is seen."""
         return self._found.channels
 
     @property
@@ -262,6 +263,12 @@ class _Labels(Mapping[str, StoredImage]):
 
     def __repr__(self) -> str:
         return f"<labels: {', '.join(self) or 'none'}>"
+
+
+def said_of_channels(image: Any) -> tuple[Channel, ...]:
+    """Return what the file says of the channels of an image, or of its finest level."""
+    first = image[0] if isinstance(image, (list, tuple)) and image else image
+    return first.channels if isinstance(first, StoredImage) else ()
 
 
 def _cell_shape(chunks: Any, shape: tuple[int, ...]) -> tuple[int, ...]:

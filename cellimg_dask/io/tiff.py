@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.plan import Box
 from cellimg_dask.geometry import Space
+from cellimg_dask.io.channels import Channel
 from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found, ListedArray, choose
 from cellimg_dask.io.optional import optional
@@ -294,7 +295,7 @@ def _attributes(file: Any, series: Any) -> Mapping[str, Any]:
     return found
 
 
-def _channels(file: Any, number: int) -> Sequence[Mapping[str, Any]]:
+def _channels(file: Any, number: int) -> Sequence[Channel]:
     if file.series[number].kind == "ome" and file.ome_metadata:
         return ome_channels(file.ome_metadata, number)
     return imagej_channels(file) if file.is_imagej else ()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cellimg_dask.io.channels import Channel
 from cellimg_dask.io.optional import optional
 
 __all__ = ["imagej_channels", "imagej_sizes", "ome_channels", "ome_sizes"]
@@ -43,21 +44,22 @@ def ome_sizes(xml: str, number: int) -> dict[str, tuple[float, str | None]]:
     return found
 
 
-def ome_channels(xml: str, number: int) -> tuple[Mapping[str, Any], ...]:
-    """Return label and colour of each channel, spelled as in OME-Zarr."""
+def ome_channels(xml: str, number: int) -> tuple[Channel, ...]:
+    """Return label and colour of each channel; none where nothing is said."""
     channels = _pixels(xml, number).get("Channel", ())
     found = []
     for each in channels if isinstance(channels, (list, tuple)) else [channels]:
-        said: dict[str, Any] = {}
-        if isinstance(each, Mapping):
-            name, color = each.get("Name"), each.get("Color")
-            if name is not None:
-                said["label"] = str(name)
-            # Red, green, blue, opacity in a signed number; -1, white, where nobody has chosen.
-            if isinstance(color, int) and color != -1:
-                said["color"] = f"{(color & 0xFFFFFFFF) >> 8:06X}"
-        found.append(said)
-    return tuple(found) if any(found) else ()
+        said = each if isinstance(each, Mapping) else {}
+        color = said.get("Color", -1)
+        # Red, green, blue, opacity in a signed number; -1, white, where nobody has chosen.
+        is_color = isinstance(color, int) and color != -1
+        found.append(
+            Channel(
+                str(said.get("Name", "")),
+                f"#{(color & 0xFFFFFFFF) >> 8:06x}" if is_color else None,
+            )
+        )
+    return tuple(found) if any(channel != Channel() for channel in found) else ()
 
 
 def imagej_sizes(file: Any) -> dict[str, tuple[float, str | None]]:
@@ -83,23 +85,23 @@ def imagej_sizes(file: Any) -> dict[str, tuple[float, str | None]]:
     return found
 
 
-def imagej_channels(file: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return colour and window of each channel, spelled as in OME-Zarr."""
+def imagej_channels(file: Any) -> tuple[Channel, ...]:
+    """Return colour and contrast of each channel; none where nothing is said."""
     said = file.imagej_metadata or {}
     try:
         number = int(said.get("channels", 1))
         # Of each channel the colours of 256 steps; and the lowest and the highest value.
         tables = [np.asarray(table) for table in said.get("LUTs", ())]
         ranges = np.asarray(said.get("Ranges", ()), float).reshape(-1, 2)
-        colors = [bytes(table[:, -1].astype(np.uint8)[:3]).hex().upper() for table in tables]
+        colors = [f"#{bytes(table[:3, -1].astype(np.uint8)).hex()}" for table in tables]
+        return tuple(
+            Channel(
+                "",
+                colors[index] if len(colors) == number else None,
+                ranges[index].tolist() if len(ranges) == number else None,
+            )
+            for index in range(number if number in (len(colors), len(ranges)) else 0)
+        )
     except (IndexError, TypeError, ValueError):
         # Written by somebody else than ImageJ.
         return ()
-    found: list[dict[str, Any]] = [{} for _ in range(number)]
-    if len(colors) == number:
-        for each, color in zip(found, colors, strict=True):
-            each["color"] = color
-    if len(ranges) == number:
-        for each, (start, end) in zip(found, ranges.tolist(), strict=True):
-            each["window"] = {"start": start, "end": end}
-    return tuple(found) if any(found) else ()

@@ -17,8 +17,10 @@ from cellimg_dask.batch.run import forget_files, place_of_target
 from cellimg_dask.batch.target import Layout
 from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.image.cellimg import CellImg
+from cellimg_dask.io.channels import Channel, channels_of, omero_of
 from cellimg_dask.io.ome import OmeVersion, axis_type
 from cellimg_dask.io.ome_group import OmeGroup
+from cellimg_dask.io.stored_image import said_of_channels
 from cellimg_dask.loading.content import ContentKeys
 from cellimg_dask.loading.loader import CellLoader, pinned_together
 from cellimg_dask.loading.node import defining
@@ -91,6 +93,7 @@ def write_ome_zarr(
     levels: SupportsIndex | None = None,
     factors: Factors | None = None,
     method: Literal["mean", "mode", "nearest"] | None = None,
+    channels: Sequence[Channel | str] | None = None,
     name: str | None = None,
     version: OmeVersion | None = None,
     queue: BlockQueue | None = None,
@@ -134,6 +137,10 @@ def write_ome_zarr(
         As in `pyramid`; default: 2 along axes in space, 1 along t and c.
     method : {"mean", "mode", "nearest"}, optional
         As in `pyramid`, for ``img``; default: ``"mode"`` for a `LabelImg`, else ``"mean"``.
+    channels : sequence of Channel or str, optional
+        Labels, colours and contrasts of the channels, or their labels. Default: what the file says
+        of which ``img`` was opened. Of an image of floats they are noted if all contrasts are
+        known.
     name : str, optional
         Of the image; default: that of the path without its endings.
     version : {"0.5", "0.4"}
@@ -194,7 +201,10 @@ verify, max_memory, timeout_s
     }
     images = []
     if img is not None:
-        images.append(_Image.of("", name, img, None, (levels, factors, method), storing))
+        choice = (levels, factors, method)
+        images.append(_Image.of("", name, img, None, choice, storing, channels))
+    elif channels is not None:
+        raise TypeError("channels are those of an image, and img is None")
     elif not labels:
         raise TypeError("there is nothing to write: img is None, and there are no labels")
     else:
@@ -237,6 +247,7 @@ class _Image:
     levels: tuple[CellLoader, ...]
     spaces: tuple[Space, ...]
     layouts: tuple[Layout, ...]
+    omero: Mapping[str, Any] | None
 
     @classmethod
     def of(
@@ -247,6 +258,7 @@ class _Image:
         kind: Literal["labels"] | None,
         choice: tuple[Any, Any, Any],
         storing: Mapping[str, Any],
+        channels: Sequence[Channel | str] | None = None,
     ) -> _Image:
         """Return an image, checked."""
         images = levels_of(value, kind, *choice)
@@ -267,7 +279,14 @@ class _Image:
             Layout.of(image.grid, image.dtype, axes=spaces[0].axes, **storing) for image in images
         )
         is_labels = kind == "labels" or isinstance(images[0], LabelImg)
-        return cls(path, name, is_labels, loaders, spaces, layouts)
+        first, said = images[0], said_of_channels(value)
+        if channels is None:
+            axis = first.space.channel_axis
+            is_said = said and axis is not None and len(said) == first.shape[axis]
+            channels = said if is_said else ()
+        looks = channels_of(spaces[0], first.shape, first.dtype, given=channels, said=said)
+        omero = omero_of(looks, first.dtype)
+        return cls(path, name, is_labels, loaders, spaces, layouts, omero)
 
     @property
     def places(self) -> list[str]:

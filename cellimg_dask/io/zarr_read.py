@@ -15,7 +15,7 @@ from cellimg_dask.image.labelled import even_steps
 from cellimg_dask.io.location import Location, UnreadableError
 from cellimg_dask.io.ome_read import (
     Multiscale,
-    channels_of,
+    channels_in,
     field_names,
     label_names,
     multiscale_of,
@@ -289,7 +289,7 @@ def _image(
         attributes=attributes,
         labels=labels,
         open_label=open_label,
-        channels=channels_of(attributes),
+        channels=channels_in(attributes),
         is_labels=is_labels,
     )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from cellimg_dask.geometry import CellGrid, Space
+from cellimg_dask.io.channels import Channel, omero_of
 from cellimg_dask.io.ome import OmeVersion, image_attributes
 
 __all__ = [
@@ -111,10 +112,12 @@ def image_documents(
     version: OmeVersion,
     *,
     is_labels: bool,
+    channels: Sequence[Channel] = (),
 ) -> dict[str, Any]:
     """Return all documents of an image, by their path from its group."""
     paths = [str(level) for level in range(len(grids))]
-    attributes = image_attributes(spaces, paths, name, version, is_labels=is_labels)
+    omero = omero_of(channels, dtype)
+    attributes = image_attributes(spaces, paths, name, version, is_labels=is_labels, omero=omero)
     if version == "0.5":
         arrays = {
             path: array_v3(grid, dtype, fill_value, codec, spaces[0])

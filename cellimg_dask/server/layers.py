@@ -14,11 +14,12 @@ from cellimg_dask.geometry import Space
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.input import checked_fill
 from cellimg_dask.image.space_of import space_of
+from cellimg_dask.io.channels import Channel, channels_of
+from cellimg_dask.io.looks import checked_color, checked_contrast, checked_part
+from cellimg_dask.io.stored_image import said_of_channels
 from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Pyramid, as_image, pyramid
-from cellimg_dask.server.channels import Channel, channels_of
 from cellimg_dask.server.documents import check_dtype
-from cellimg_dask.server.looks import checked_color, checked_contrast, checked_part
 
 __all__ = ["Layer", "Layers", "as_layer", "as_layers"]
 
@@ -109,10 +110,16 @@ class Layer:
         """Whether it is shown at first."""
         if self.kind == "labels" and channels:
             raise ValueError("channels are of images, and this layer shows labels")
-        own = Channel("", self.color, self.contrast)
-        self.channels = (
-            channels_of(image, first, self.space, own, channels) if self.kind == "image" else ()
-        )
+        self.channels: tuple[Channel, ...] = ()
+        if self.kind == "image":
+            self.channels = channels_of(
+                self.space,
+                self.shape,
+                self.dtype,
+                given=channels,
+                said=said_of_channels(image),
+                otherwise=Channel("", self.color, self.contrast),
+            )
         """How each channel looks; none where one is seen at a time, or there is no such axis."""
         zero = np.zeros((), first.dtype)[()]
         self.fill_value = (

@@ -58,6 +58,7 @@ class ServedLayer:
                 codec,
                 version,
                 is_labels=layer.kind == "labels",
+                channels=layer.channels,
             )
             self.documents[version] = {
                 path: Document(document) for path, document in self.described[version].items()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cellimg_dask.geometry import Space
 from cellimg_dask.image.cellimg import CellImg
 from cellimg_dask.image.define import map_cells
-from cellimg_dask.server.channels import Channel
+from cellimg_dask.io.channels import Channel
 from cellimg_dask.server.layers import Layer
 from cellimg_dask.server.work import CACHED, COMPUTING, FAILED, WAITING
 from cellimg_dask.viewer.units import factor_of

@@ -169,6 +169,23 @@ def test_a_spec_writes_ome_zarr(run, folder):
     assert "objects.ome.zarr.run/0/pass1.zarr" in plan.stdout
 
 
+def test_a_spec_names_channels(run, folder):
+    np.save("cells.npy", np.zeros((2, 6, 6), "u1"))
+    stage = {
+        "inputs": {"path": "cells.npy", "axes": "cyx"},
+        "function": "numpy:invert",
+        "dtype": "u1",
+        "target": "out.ome.zarr",
+        "ome_zarr": {"channels": ["DAPI", "GFP"], "levels": 2},
+    }
+    Path("channels.yaml").write_text(yaml.safe_dump(stage))
+    done = run("run", "channels.yaml", "--no-progress")
+    assert done.exit_code == 0, done.output
+    with ci.open_image("out.ome.zarr") as image:
+        assert [channel.label for channel in image.channels] == ["DAPI", "GFP"]
+        assert [level.shape for level in image.levels] == [(2, 6, 6), (2, 3, 3)]
+
+
 def test_a_file_is_viewed(run, folder):
     with running("look", "view", "in.tif", "--no-browser") as addresses:
         address, _, hint = addresses["look"].partition("  ")

@@ -250,7 +250,7 @@ def test_channels(tmp_path, volume):
     channels = [{"label": "DAPI", "color": "0000FF", "window": {"start": 0, "end": 9}}]
     write_ome(tmp_path / "a.zarr", volume, "0.5", omero={"channels": channels})
     image = open_image(tmp_path / "a.zarr")
-    assert list(image.channels) == channels
+    assert image.channels == (ci.Channel("DAPI", "#0000ff", (0, 9)),)
     assert image.attrs["ome"]["omero"]["channels"] == channels
 
 

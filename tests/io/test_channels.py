@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cellimg_dask as ci
-from cellimg_dask.server.channels import Channel
+from cellimg_dask.io.channels import Channel
 from cellimg_dask.server.layers import Layer
 
 
@@ -137,6 +137,70 @@ def test_what_makes_no_sense_counts_for_nothing(tmp_path: Path, channels: Any) -
             Channel("", "#ff00ff"),
             Channel("", "#00ff00"),
         )
+
+
+LOOKS = [ci.Channel("DAPI", "blue", (5, 70)), ci.Channel("GFP", "#00ff7f", visible=False)]
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("dtype", ["u1", "i2", "f4"])
+def test_channels_are_written(tmp_path: Path, version: Any, dtype: str) -> None:
+    yaozarrs = pytest.importorskip("yaozarrs")
+    path, looks = tmp_path / "a.ome.zarr", LOOKS
+    if dtype == "f4":
+        looks = [LOOKS[0], Channel("GFP", "#00ff7f", (0.5, -1), visible=False)]
+    source = stack(2, dtype=dtype)
+    ci.write_ome_zarr(source, path, channels=looks, version=version, progress=False)
+    yaozarrs.validate_zarr_store(str(path))
+    whole = {"u1": (0, 255), "i2": (-(2**15), 2**15 - 1), "f4": (0.5, -1)}[dtype]
+    expected = (
+        Channel("DAPI", "#0000ff", (5, 70)),
+        Channel("GFP", "#00ff7f", whole, visible=False),
+    )
+    with ci.open_image(path) as image:
+        assert image.channels == expected
+        # From file to file they stay; what is carried on keeps them as well.
+        for _ in range(2):
+            ci.write_ome_zarr(image, tmp_path / "b.ome.zarr", progress=False)
+        ci.write_ome_zarr(source, path, version=version, progress=False)
+    for name in ("a", "b"):
+        with ci.open_image(tmp_path / f"{name}.ome.zarr") as again:
+            assert again.channels == expected
+
+
+def test_channels_that_are_not_written(tmp_path: Path) -> None:
+    def written(image: Any, **options: Any) -> tuple[Channel, ...]:
+        path = tmp_path / "a.ome.zarr"
+        ci.write_ome_zarr(image, path, progress=False, overwrite=True, **options)
+        with ci.open_image(path) as found:
+            return found.channels
+
+    # Nobody has said anything; of floats a range is not known.
+    assert written(stack(2)) == ()
+    assert written(stack(2, dtype="f4"), channels=["a", "b"]) == ()
+    assert written(np.zeros((2, 3, 4, 4), "u1"), channels=["a", "b"])[1].label == "b"
+    with pytest.raises(ValueError, match="has 2 channels, along axis 0, and 1 are given"):
+        written(stack(2), channels=["a"])
+    with pytest.raises(ValueError, match="this image has the axes"):
+        written(np.zeros((4, 4), "u1"), channels=["a"])
+    with pytest.raises(TypeError, match="channels are those of an image"):
+        ci.write_ome_zarr(
+            None, tmp_path / "a.ome.zarr", labels={"x": stack(2)}, channels=["a", "b"]
+        )
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_channels_are_served(version: str) -> None:
+    pytest.importorskip("uvicorn")
+    with ci.serve({"cells": Layer(stack(2), channels=LOOKS), "plain": np.zeros((4, 4))}) as server:
+        front = "@0.4/" if version == "0.4" else ""
+        with ci.open_image(f"{server.url}/{front}cells") as image:
+            assert image.channels == (
+                Channel("DAPI", "#0000ff", (5, 70)),
+                Channel("GFP", "#00ff7f", (0, 65535), visible=False),
+            )
+        with ci.open_image(f"{server.url}/{front}plain") as image:
+            assert image.channels == ()
 
 
 def test_what_tiff_says(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cellimg_dask.server.colors import COLORS
+from cellimg_dask.io.colors import COLORS
 
 __all__ = ["checked_color", "checked_contrast", "checked_part"]
 

@@ -1,4 +1,4 @@
-"""Channels of an image, each seen in light of a colour of its own."""
+"""Channels of an image: what they are called, and the light in which each is seen."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from cellimg_dask.geometry import Space
-from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.io.stored_image import StoredImage
-from cellimg_dask.server.looks import checked_color, checked_contrast
+from cellimg_dask.io.colors import COLORS
+from cellimg_dask.io.looks import checked_color, checked_contrast
 
-__all__ = ["Channel", "channels_of"]
+__all__ = ["Channel", "channel_of_omero", "channels_of", "omero_of"]
 
 _MOST = 16
 """So many are seen together."""
@@ -69,26 +68,26 @@ class Channel:
 
 
 def channels_of(
-    image: Any,
-    first: CellImg,
     space: Space,
-    otherwise: Channel,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
     given: Sequence[Channel | str] | None,
+    said: Sequence[Channel] = (),
+    otherwise: Channel | None = None,
 ) -> tuple[Channel, ...]:
     """Return how the channels of an image look.
 
     Parameters
     ----------
-    image : array-like or sequence of levels
-        As the user gave it; a file may say something of its channels.
-    first : CellImg
-        The finest level.
-    space : Space
-        Of that.
-    otherwise : Channel
-        How all channels look that have no colour or contrast of their own.
+    space, shape, dtype
+        Of the image.
     given : sequence of Channel or str, optional
-        What the user says of them.
+        What the user says; None for all channels, if they are not too many.
+    said : sequence of Channel
+        What the file says. It counts where the user says nothing.
+    otherwise : Channel, optional
+        Colour and contrast of channels that the user gave none.
 
     Raises
     ------
@@ -96,7 +95,7 @@ def channels_of(
         If what is given are no channels, or not those of this image.
     """
     axis = space.channel_axis
-    number = 0 if axis is None else first.shape[axis]
+    number = 0 if axis is None else shape[axis]
     if given is not None:
         _check(given, space, number)
     elif number <= _MOST:
@@ -104,9 +103,12 @@ def channels_of(
     if axis is None or not given:
         return ()
     is_picture = (space.axes or ())[axis] == "s" and number in (3, 4)
-    last = _of_picture(first.dtype) if is_picture else _one_by_one(number)
+    last = _of_picture(dtype) if is_picture else _one_by_one(number)
+    if len(said) != number:
+        said = [Channel()] * number
+    base = otherwise or Channel()
     found = []
-    for own, told, default in zip(given, _said(image, number), last[:number], strict=True):
+    for own, told, default in zip(given, said, last[:number], strict=True):
         label, color, contrast = "", None, None
         visible = told.visible and default.visible
         if isinstance(own, str):
@@ -116,8 +118,8 @@ def channels_of(
         found.append(
             Channel(
                 label or told.label or default.label,
-                color or otherwise.color or told.color or default.color,
-                contrast or otherwise.contrast or told.contrast or default.contrast,
+                color or base.color or told.color or default.color,
+                contrast or base.contrast or told.contrast or default.contrast,
                 visible,
             )
         )
@@ -161,23 +163,19 @@ def _one_by_one(number: int) -> list[Channel]:
     return [Channel(color=palette[index % len(palette)]) for index in range(number)]
 
 
-def _said(image: Any, number: int) -> list[Channel]:
-    """Return what the file says of each channel; nothing where it says nothing sensible."""
-    first = image[0] if isinstance(image, (list, tuple)) and image else image
-    said = first.channels if isinstance(first, StoredImage) else ()
-    if len(said) != number:
-        return [Channel()] * number
-    return [_of_omero(each) for each in said]
+# ------------------------------------------------------------------ metadata
 
 
-def _of_omero(said: Mapping[str, Any]) -> Channel:
+def channel_of_omero(said: Mapping[str, Any]) -> Channel:
+    """Return what the metadata ``omero`` say of a channel; what makes no sense is left out."""
     label, color, active = said.get("label"), said.get("color"), said.get("active")
     window = said.get("window")
     ends = [window.get(end) for end in ("start", "end")] if isinstance(window, Mapping) else []
     finite = [end for end in ends if isinstance(end, (int, float)) and math.isfinite(end)]
     contrast = None
     if len(finite) == 2 and finite[0] != finite[1]:
-        contrast = (finite[0], finite[1])
+        low, high = finite
+        contrast = (high, low) if said.get("inverted") is True else (low, high)
     is_color = isinstance(color, str) and re.fullmatch("#?[0-9a-fA-F]{6}", color)
     return Channel(
         label if isinstance(label, str) else "",
@@ -185,3 +183,33 @@ def _of_omero(said: Mapping[str, Any]) -> Channel:
         contrast,
         active is not False,
     )
+
+
+def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any] | None:
+    """Return the metadata ``omero`` of an image.
+
+    Every channel must have a range of values there. Of integers it may be all; of anything else
+    nothing is said where one is not known.
+    """
+    known = [channel.contrast for channel in channels]
+    if not channels or (dtype.kind not in "iu" and None in known):
+        return None
+    entries = []
+    for number, channel in enumerate(channels):
+        color = str(channel.color or "white")
+        whole = _of_picture(dtype)[0].contrast or (0.0, 1.0)
+        if dtype.kind == "i":
+            whole = (float(np.iinfo(dtype).min), whole[1])
+        given = channel.contrast or whole
+        start, end = sorted(given)
+        low, high = whole if dtype.kind in "iu" else (start, end)
+        entries.append(
+            {
+                "label": channel.label or str(number),
+                "color": COLORS.get(color, color.lstrip("#")).upper(),
+                "active": channel.visible,
+                "inverted": given[0] > given[1],
+                "window": {"start": start, "end": end, "min": low, "max": high},
+            }
+        )
+    return {"channels": entries}
