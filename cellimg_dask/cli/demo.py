@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cellimg_dask as ci
-from cellimg_dask.cli.files import SAMPLES, Stored, open_file, reason
+from cellimg_dask.cli.files import Stored, open_file, reason
 from cellimg_dask.cli.pipeline import LUMINANCE, Pipeline, luminance
 from cellimg_dask.cli.require import require
 from cellimg_dask.cli.sizes import format_bytes
+from cellimg_dask.io.channels import SAMPLES
 
 __all__ = ["demo"]
 

@@ -14,7 +14,10 @@ from cellimg_dask.geometry import Space
 from cellimg_dask.io.colors import COLORS
 from cellimg_dask.io.looks import checked_color, checked_contrast
 
-__all__ = ["Channel", "channel_of_omero", "channels_of", "omero_of"]
+__all__ = ["SAMPLES", "Channel", "channel_of_omero", "channels_of", "omero_of", "picture_channels"]
+
+SAMPLES = "s"
+"""What an axis of red, green and blue is called, as TIFF does."""
 
 _MOST = 16
 """So many are seen together."""
@@ -102,13 +105,12 @@ def channels_of(
         given = [""] * number
     if axis is None or not given:
         return ()
-    is_picture = (space.axes or ())[axis] == "s" and number in (3, 4)
-    last = _of_picture(dtype) if is_picture else _one_by_one(number)
+    last = picture_channels(space, shape, dtype) or _one_by_one(number)
     if len(said) != number:
         said = [Channel()] * number
     base = otherwise or Channel()
     found = []
-    for own, told, default in zip(given, said, last[:number], strict=True):
+    for own, told, default in zip(given, said, last, strict=True):
         label, color, contrast = "", None, None
         visible = told.visible and default.visible
         if isinstance(own, str):
@@ -148,19 +150,29 @@ def _check(given: Any, space: Space, number: int) -> None:
 # ------------------------------------------------------------------ what nobody has said here
 
 
-def _of_picture(dtype: np.dtype[Any]) -> list[Channel]:
-    """Return how colours are shown as they are; how much is covered is not light."""
-    whole = (0.0, float(np.iinfo(dtype).max)) if dtype.kind in "iu" else (0.0, 1.0)
-    rgb = [Channel(label, color, whole) for label, color in _RGB]
-    return [*rgb, Channel("alpha", None, whole, visible=False)]
+def picture_channels(
+    space: Space, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[Channel, ...]:
+    """Return red, green and blue as they are; how much is covered is not light.
+
+    Of what is no picture, nothing.
+    """
+    axis = space.channel_axis
+    if axis is None or (space.axes or ())[axis] != SAMPLES or shape[axis] not in (3, 4):
+        return ()
+    white = _range_of(dtype)
+    rgb = [Channel(label, color, white) for label, color in _RGB]
+    return (*rgb, Channel("alpha", None, white, visible=False))[: shape[axis]]
 
 
-def _one_by_one(number: int) -> list[Channel]:
+def _range_of(dtype: np.dtype[Any]) -> tuple[float, float]:
+    return (0.0, float(np.iinfo(dtype).max)) if dtype.kind in "iu" else (0.0, 1.0)
+
+
+def _one_by_one(number: int) -> tuple[Channel, ...]:
     """Return how channels look of which nothing is known: a single one in grey."""
-    if number == 1:
-        return [Channel()]
-    palette = _TWO if number == 2 else _MORE
-    return [Channel(color=palette[index % len(palette)]) for index in range(number)]
+    palette = {1: (None,), 2: _TWO}.get(number, _MORE)
+    return tuple(Channel(color=palette[index % len(palette)]) for index in range(number))
 
 
 # ------------------------------------------------------------------ metadata
@@ -197,7 +209,7 @@ def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any
     entries = []
     for number, channel in enumerate(channels):
         color = str(channel.color or "white")
-        whole = _of_picture(dtype)[0].contrast or (0.0, 1.0)
+        whole = _range_of(dtype)
         if dtype.kind == "i":
             whole = (float(np.iinfo(dtype).min), whole[1])
         given = channel.contrast or whole

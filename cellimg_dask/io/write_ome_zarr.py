@@ -9,6 +9,9 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any, Literal, SupportsIndex
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cellimg_dask.batch.apart import check_apart
 from cellimg_dask.batch.filling import Filling, alone, prepare, reader_of
 from cellimg_dask.batch.passes import reading_instead
@@ -17,7 +20,10 @@ from cellimg_dask.batch.run import forget_files, place_of_target
 from cellimg_dask.batch.target import Layout
 from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.io.channels import Channel, channels_of, omero_of
+from cellimg_dask.image.define import map_cells
+from cellimg_dask.image.input import as_input
+from cellimg_dask.image.space_of import space_of
+from cellimg_dask.io.channels import SAMPLES, Channel, channels_of, omero_of, picture_channels
 from cellimg_dask.io.ome import OmeVersion, axis_type
 from cellimg_dask.io.ome_group import OmeGroup
 from cellimg_dask.io.stored_image import said_of_channels
@@ -123,8 +129,9 @@ def write_ome_zarr(
     img : CellImg, array-like, Pyramid, sequence of these, or None
         The image; None adds labels to one that is there, whoever wrote it. Axes, units, scale and
         translation are those of its `Space`; axes that nobody has named are the last of t, c, z,
-        y and x. A `Pyramid`, or a sequence of images of which the finest comes first, gives all
-        levels.
+        y and x. Red, green and blue, an axis "s", become channels, which OME-Zarr has before the
+        axes of space. A `Pyramid`, or a sequence of images of which the finest comes first, gives
+        all levels.
     path : path or URL
         Of the group, by custom with the ending ``.ome.zarr``. Markers, locks and reports lie
         beside it, in ``<path>.run``.
@@ -279,10 +286,10 @@ class _Image:
             Layout.of(image.grid, image.dtype, axes=spaces[0].axes, **storing) for image in images
         )
         is_labels = kind == "labels" or isinstance(images[0], LabelImg)
-        first, said = images[0], said_of_channels(value)
+        first, said = images[0], _said(value)
         if channels is None:
             axis = first.space.channel_axis
-            is_said = said and axis is not None and len(said) == first.shape[axis]
+            is_said = axis is not None and len(said) == first.shape[axis]
             channels = said if is_said else ()
         looks = channels_of(spaces[0], first.shape, first.dtype, given=channels, said=said)
         omero = omero_of(looks, first.dtype)
@@ -331,12 +338,48 @@ def levels_of(
                 raise TypeError(f"{what} is for a single image; the levels are given")
         if not len(value):
             raise ValueError("an image needs at least one level, got none")
-        return [as_image(image) for image in value]
+        return [_channels_first(as_image(image)) for image in value]
     if kind is None and isinstance(value, LabelImg):
         kind = "labels"
     how: Literal["image", "labels"] = "labels" if kind else "image"
-    made: Pyramid = pyramid(value, levels, how, factors=factors, method=method)
+    base = _channels_first(as_image(value))
+    made: Pyramid = pyramid(base, levels, how, factors=factors, method=method)
     return list(made) if levels is not None else made.levels[: _enough(made)]
+
+
+def _channels_first(image: CellImg) -> CellImg:
+    """Return a picture with red, green and blue as channels before the axes of space."""
+    names, axis = image.space.axes or (), image.space.channel_axis
+    if axis is None or names[axis] != SAMPLES:
+        return image
+    place = sum(axis_type(name) == "time" for name in names[:1])
+    rest = [name for name in names if name != SAMPLES]
+    if axis != place:
+        cells = [size for number, size in enumerate(image.cell_shape) if number != axis]
+        count = image.shape[axis]
+        image = map_cells(
+            _moved,
+            image,
+            params={"axis": axis, "place": place},
+            dtype=image.dtype,
+            drop_axis=axis,
+            new_axis={place: count},
+            cell_shape=(*cells[:place], count, *cells[place:]),
+            cache=None,
+        )
+    return image.with_space(axes=(*rest[:place], "c", *rest[place:]))
+
+
+def _moved(block: NDArray[Any], axis: int, place: int) -> NDArray[Any]:
+    return np.moveaxis(block, axis, place)
+
+
+def _said(value: Any) -> tuple[Channel, ...]:
+    """Return how the channels of an image look by what the file says, or as a picture."""
+    first = value[0] if isinstance(value, (Pyramid, list, tuple)) else value
+    given = first if isinstance(first, CellImg) else as_input(first)
+    array = given if isinstance(given, CellImg) else given.array
+    return said_of_channels(value) or picture_channels(space_of(given), array.shape, array.dtype)
 
 
 def _enough(made: Pyramid) -> int:

@@ -239,3 +239,47 @@ def test_what_imagej_says(tmp_path: Path) -> None:
     )
     with ci.open_image(tmp_path / "b.tif") as image:
         assert image.channels == ()
+
+
+@pytest.mark.parametrize(("axes", "shape"), [("yxs", (20, 30, 3)), ("tyxs", (2, 9, 8, 4))])
+def test_pictures_are_written_with_channels_first(
+    tmp_path: Path, axes: str, shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    yaozarrs = pytest.importorskip("yaozarrs")
+    data = rng.integers(0, 256, shape, "u1")
+    calls: list[tuple[int, ...]] = []
+
+    def noted(block: Any) -> None:
+        calls.append(block.position)
+        block.data[...] = block.inputs[0]
+
+    space = ci.Space.of(len(axes), axes, units={"y": "um", "x": "um"}, scale={"y": 2, "x": 3})
+    grid = ci.CellGrid(shape, 8)
+    image = ci.fill_cells(noted, grid, ci.Input(data, space=space), dtype="u1", version="1")
+    path = tmp_path / "a.ome.zarr"
+    report = ci.write_ome_zarr(image, path, levels=2, progress=False)
+    assert report.ok
+    yaozarrs.validate_zarr_store(str(path))
+    # Once each, also for the coarser level.
+    assert len(calls) == len(set(calls)) == grid.num_cells
+    place = axes.index("y")
+    with ci.open_image(path) as found:
+        assert found.axes == tuple(axes[:place] + "cyx")
+        np.testing.assert_array_equal(found, np.moveaxis(data, -1, place))
+        assert found.scale[-2:] == (2, 3)
+        assert found.units[-1] == "micrometer"
+        labels = ["red", "green", "blue", "alpha"][: shape[-1]]
+        assert [each.label for each in found.channels] == labels
+        coarse = ci.pyramid(ci.Input(data, space=space), 2)[1]
+        np.testing.assert_array_equal(found.levels[1], np.moveaxis(coarse[...], -1, place))
+    again = ci.write_ome_zarr(image, path, levels=2, progress=False)
+    assert again.computed == 0
+
+
+def test_samples_that_lie_first_are_named_only(tmp_path: Path) -> None:
+    source = ci.Source(np.zeros((2, 8, 8), "u1"), cell_shape=4, space=ci.Space.of(3, "syx"))
+    ci.write_ome_zarr(source, tmp_path / "a.ome.zarr", progress=False)
+    with ci.open_image(tmp_path / "a.ome.zarr") as found:
+        assert found.axes == ("c", "y", "x")
+        assert found.channels == ()
+        assert found.chunks == ((2,), (4, 4), (4, 4))
