@@ -276,6 +276,32 @@ def test_pictures_are_written_with_channels_first(
     assert again.computed == 0
 
 
+def test_axes_are_put_in_the_order_of_ome_zarr(tmp_path: Path) -> None:
+    """As ImageJ and many microscopes write them: planes before channels."""
+    yaozarrs = pytest.importorskip("yaozarrs")
+    tifffile = pytest.importorskip("tifffile")
+    data = np.arange(2 * 3 * 2 * 8 * 9, dtype="u2").reshape(2, 3, 2, 8, 9)
+    metadata = {"axes": "TZCYX", "spacing": 4, "unit": "um"}
+    tifffile.imwrite(
+        tmp_path / "a.tif", data, imagej=True, metadata=metadata, resolution=(0.5, 0.5)
+    )
+    labels = ci.label(ci.Source(data[0] > 50, space=ci.Space.of(4, "zcyx")))
+    with ci.open_image(tmp_path / "a.tif") as image:
+        path = tmp_path / "a.ome.zarr"
+        ci.write_ome_zarr(image, path, labels={"bright": labels}, levels=2, progress=False)
+        yaozarrs.validate_zarr_store(str(path))
+        with ci.open_image(path) as found:
+            assert found.axes == tuple("tczyx")
+            np.testing.assert_array_equal(found, data.swapaxes(1, 2))
+            assert found.scale == (1, 1, 4, 2, 2)
+            assert found.levels[1].shape == (2, 2, 2, 4, 5)
+            assert found.labels["bright"].is_labels
+            np.testing.assert_array_equal(found.labels["bright"], labels[...].swapaxes(0, 1))
+    twice = ci.Source(np.zeros((1, 1, 4, 4)), space=ci.Space.of(4, ("t", "time", "y", "x")))
+    with pytest.raises(ValueError, match=r"has axes t, time, y, x; .*at most one of time"):
+        ci.write_ome_zarr(twice, tmp_path / "b.ome.zarr", progress=False)
+
+
 def test_samples_that_lie_first_are_named_only(tmp_path: Path) -> None:
     source = ci.Source(np.zeros((2, 8, 8), "u1"), cell_shape=4, space=ci.Space.of(3, "syx"))
     ci.write_ome_zarr(source, tmp_path / "a.ome.zarr", progress=False)
