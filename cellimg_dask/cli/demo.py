@@ -312,9 +312,8 @@ def _look(task: _Task, *, open_browser: bool) -> None:
 
     cache = ci.CellCache(ci.get_cache().max_bytes)
     gray, first, second = _stages(task, task.stored.read(), cache)
-    flat = second.ndim == 2
     layers = {"image": gray, _name(first): first, _name(second): second}
-    look_at(layers, layout="xy" if flat else "4panel", open_browser=open_browser)
+    look_at(layers, open_browser=open_browser)
 
 
 def _stages(task: _Task, source: Any, cache: ci.CellCache) -> tuple[Any, ci.CellImg, ci.CellImg]:
