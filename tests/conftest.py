@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import gc
 import os
 import signal
@@ -10,10 +11,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing import resource_tracker
+from importlib.util import find_spec
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import pythons
@@ -33,6 +36,35 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make processes cheap to start: the tests start hundreds."""
+    if hasattr(config, "workerinput"):
+        return
+    # Each would compile the library where Python is told to write no bytecode.
+    compileall.compile_dir(Path(ci.__file__).parent, quiet=2)
+    # Threads of BLAS that have nothing to do spin.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_workers() -> Iterator[None]:
+    """Have workers of clusters forked from a process that has imported distributed.
+
+    The library they import themselves, as those that are spawned do.
+    """
+    if find_spec("distributed") is None:
+        yield
+        return
+    from distributed.utils import get_mp_context
+
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        # Says what to import.
+        get_mp_context()
+        # Now, so that no test is taken for the one that left its pipe open.
+        forkserver.ensure_running()
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
