@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -224,34 +224,49 @@ def footprint(_segments: set[str]) -> Callable[[], dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks(_segments: set[str]):
-    """Fail a test that leaves threads, processes, shared memory or pipes behind.
+def _no_leaks(request: pytest.FixtureRequest, nothing_left: Any) -> Iterator[None]:
+    """Fail a test that leaves threads, processes, shared memory or pipes behind."""
+    name = "shared_workers"
+    shared = name in request.fixturenames and request.getfixturevalue(name) is not None
+    # Workers that go on keep what they need; who started them looks when they have ended.
+    with nullcontext() if shared else nothing_left():
+        yield
+
+
+@pytest.fixture(scope="session")
+def nothing_left(_segments: set[str]) -> Callable[[], Any]:
+    """Give a context that fails if threads, processes, shared memory or pipes are left in the end.
 
     Threads and processes of pools that are shared and stay are let be, and so are sockets.
     """
-    resource_tracker.ensure_running()
-    threads = set(threading.enumerate())
-    processes, segments, pipes = _children(), _existing(_segments), _pipes()
-    yield
-    left = [
-        thread
-        for thread in threading.enumerate()
-        if thread not in threads and not _belongs_to_a_pool(thread)
-    ]
-    for thread in left:
-        # One that was just told to end is given the time.
-        thread.join(5)
-    left = [thread for thread in left if thread.is_alive()]
-    assert not left, f"threads left running: {left}"
-    assert not _existing(_segments) - segments, "shared memory left"
-    left_processes = {pid: what for pid, what in _children().items() if pid not in processes}
-    assert not left_processes, f"processes left: {left_processes}"
-    if _has_cluster():
-        # Its workers may have been started again, with new pipes.
-        return
-    if _pipes() - pipes:
-        gc.collect()
-    assert not _pipes() - pipes, "pipes left open"
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        resource_tracker.ensure_running()
+        threads = set(threading.enumerate())
+        processes, segments, pipes = _children(), _existing(_segments), _pipes()
+        yield
+        left = [
+            thread
+            for thread in threading.enumerate()
+            if thread not in threads and not _belongs_to_a_pool(thread)
+        ]
+        for thread in left:
+            # One that was just told to end is given the time.
+            thread.join(5)
+        left = [thread for thread in left if thread.is_alive()]
+        assert not left, f"threads left running: {left}"
+        assert not _existing(_segments) - segments, "shared memory left"
+        left_processes = {pid: what for pid, what in _children().items() if pid not in processes}
+        assert not left_processes, f"processes left: {left_processes}"
+        if _has_cluster():
+            # Its workers may have been started again, with new pipes.
+            return
+        if _pipes() - pipes:
+            gc.collect()
+        assert not _pipes() - pipes, "pipes left open"
+
+    return watched
 
 
 def _has_cluster() -> bool:
