@@ -59,7 +59,11 @@ def _forked_workers() -> Iterator[None]:
         return
     from distributed.utils import get_mp_context
 
-    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+    forked = {
+        "distributed.worker.multiprocessing-method": "forkserver",
+        "multiprocessing.context": "forkserver",
+    }
+    with dask.config.set(forked):
         # Says what to import.
         get_mp_context()
         # Now, so that no test is taken for the one that left its pipe open.
