@@ -46,9 +46,10 @@ class BlockQueue:
         plain functions that use them, and are in ``get_worker().namespace``.
     backend : {"threads", "processes"}, distributed.Client, Cluster or address, optional
         Where blocks run: on threads (the default); in processes of their own, which blocks reach
-        by shared memory; or on the workers of a dask cluster: a ``distributed.Client``, a cluster
-        such as ``LocalCluster``, ``SSHCluster`` or dask-jobqueue's ``SLURMCluster``, or the
-        address of a scheduler.
+        by shared memory, and in which BLAS and OpenMP take a share of the cores, unless
+        ``OMP_NUM_THREADS`` or the like is set; or on the workers of a dask cluster: a
+        ``distributed.Client``, a cluster such as ``LocalCluster``, ``SSHCluster`` or
+        dask-jobqueue's ``SLURMCluster``, or the address of a scheduler.
     env : Env, optional
         Another Python, in which the user's functions and ``init`` run, in processes; see `Env`.
         What else a block needs is done here, or on the workers of the cluster, each of which has

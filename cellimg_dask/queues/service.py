@@ -47,6 +47,14 @@ class LateError(Exception):
     """A worker did not answer in time, and was killed."""
 
 
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
 class Program(Protocol):
     """What a worker process is: how it is started, prepared and understood."""
 
@@ -78,10 +86,19 @@ class Service:
     """A process that does one thing at a time; started when it is first needed.
 
     Belongs to one borrower at a time, but for `kill` and `stop`.
+
+    Parameters
+    ----------
+    program : Program
+        What it is.
+    num_threads : int
+        How many threads BLAS and OpenMP take in it, unless environment variables say so already:
+        as many in each process as there are cores would be in each other's way.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, num_threads: int) -> None:
         self._program = program
+        self._num_threads = num_threads
         self._process: subprocess.Popen[bytes] | None = None
         self._wire: Wire | None = None
         self._stderr = _Stderr()
@@ -131,7 +148,9 @@ class Service:
             raise
 
     def _start(self) -> None:
-        variables = self._program.variables()
+        variables = dict(self._program.variables() or os.environ)
+        if not any(name in variables for name in _THREADS):
+            variables |= dict.fromkeys(_THREADS, str(self._num_threads))
         with self._stderr.writer() as errors:
             self._process = subprocess.Popen(
                 self._program.command(),
@@ -139,7 +158,7 @@ class Service:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 bufsize=0,
-                env=None if variables is None else dict(variables),
+                env=variables,
             )
         if self._stopped:
             self.kill()

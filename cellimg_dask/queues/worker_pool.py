@@ -21,6 +21,7 @@ from cellimg_dask.blocks.errors import (
     WorkerDiedError,
 )
 from cellimg_dask.blocks.plan import CellPlan
+from cellimg_dask.loading.crew import usable_cores
 from cellimg_dask.loading.priorities import INTERACTIVE, priority
 from cellimg_dask.loading.running import tries_again, wanted
 from cellimg_dask.queues.pool import Pool
@@ -99,7 +100,8 @@ class WorkerPool:
         self._all_slots = [Slot() for _ in range(4 * count)]
         self._slots = Pool(self._all_slots[: 2 * count])
         self._urgent_slots = Pool(self._all_slots[2 * count :])
-        self._services = [Service(self._program) for _ in range(count)]
+        num_threads = max(1, usable_cores() // count)
+        self._services = [Service(self._program, num_threads) for _ in range(count)]
         self._pool = Pool(self._services)
 
     def _start(self) -> None:

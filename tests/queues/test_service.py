@@ -8,12 +8,16 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from support import in_time
 
 from cellimg_dask.bare.wire import Message
-from cellimg_dask.queues.service import DiedError, Service, _Stderr
+from cellimg_dask.queues.pickled_program import PickledProgram
+from cellimg_dask.queues.rules import Rules
+from cellimg_dask.queues.service import _THREADS, DiedError, Service, _Stderr
+from cellimg_dask.queues.worker_pool import WorkerPool
 
 WORKER = """
 import json, os, sys
@@ -74,7 +78,7 @@ class Does:
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_message() -> None:
-    service = Service(Does(WORKER))
+    service = Service(Does(WORKER), 1)
     service.ensure()
     with pytest.raises(DiedError, match="exit status 3") as caught:
         service.ask({"requestType": "EXECUTE"})
@@ -86,7 +90,7 @@ def test_an_error_of_whoever_answers_is_not_the_worker_s_death() -> None:
     def full(question: Message) -> Message:
         raise OSError(errno.EMFILE, "too many open files")
 
-    service = Service(Does(ASKS))
+    service = Service(Does(ASKS), 1)
     service.ensure()
     with pytest.raises(OSError, match="too many open files"):
         service.ask({"requestType": "EXECUTE"}, on_question=full)
@@ -96,7 +100,7 @@ def test_an_error_of_whoever_answers_is_not_the_worker_s_death() -> None:
 
 
 def test_what_came_in_time_counts_though_a_listener_took_longer() -> None:
-    service = Service(Does(SAYS))
+    service = Service(Does(SAYS), 1)
     service.ensure()
     slow = threading.Event()
     response, _ = service.ask(
@@ -125,3 +129,30 @@ def test_standard_error_is_let_go_though_others_hold_both_ends() -> None:
         os.waitpid(child, 0)
         os.close(here)
         os.close(held)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 1000])
+@pytest.mark.parametrize("said", [{}, {"OMP_NUM_THREADS": "5"}, {"OPENBLAS_NUM_THREADS": "3"}])
+def test_workers_share_the_cores(
+    num_workers: int, said: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in _THREADS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    started: list[Any] = []
+
+    def refuse(*_: Any, env: dict[str, str], **__: Any) -> None:
+        started.append(env)
+        raise OSError("not today")
+
+    monkeypatch.setattr("cellimg_dask.queues.service.subprocess.Popen", refuse)
+    monkeypatch.setattr("cellimg_dask.queues.worker_pool.usable_cores", lambda: 6)
+    monkeypatch.setattr(WorkerPool, "_start", lambda self: None)
+    pool = WorkerPool(num_workers, PickledProgram(None), Rules())
+    with pytest.raises(OSError, match="not today"):
+        pool._services[-1]._start()
+    pool.close(0)
+    share = {1: "6", 2: "3", 1000: "1"}[num_workers]
+    expected = said or dict.fromkeys(_THREADS, share)
+    assert {name: value for name, value in started[0].items() if name in _THREADS} == expected
