@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from cellimg_dask.geometry import Space
 from cellimg_dask.io.colors import COLORS
 from cellimg_dask.io.looks import checked_color, checked_contrast
 
-__all__ = ["Channel", "channel_of_omero", "channels_of", "omero_of"]
+__all__ = ["Channel", "channel_of_omero", "channels_of", "contrast_of", "omero_of"]
 
 _MOST = 16
 """So many are seen together."""
@@ -171,11 +170,7 @@ def channel_of_omero(said: Mapping[str, Any]) -> Channel:
     label, color, active = said.get("label"), said.get("color"), said.get("active")
     window = said.get("window")
     ends = [window.get(end) for end in ("start", "end")] if isinstance(window, Mapping) else []
-    finite = [end for end in ends if isinstance(end, (int, float)) and math.isfinite(end)]
-    contrast = None
-    if len(finite) == 2 and finite[0] != finite[1]:
-        low, high = finite
-        contrast = (high, low) if said.get("inverted") is True else (low, high)
+    contrast = contrast_of(ends[::-1] if said.get("inverted") is True else ends)
     is_color = isinstance(color, str) and re.fullmatch("#?[0-9a-fA-F]{6}", color)
     return Channel(
         label if isinstance(label, str) else "",
@@ -183,6 +178,14 @@ def channel_of_omero(said: Mapping[str, Any]) -> Channel:
         contrast,
         active is not False,
     )
+
+
+def contrast_of(said: Sequence[Any]) -> tuple[float, float] | None:
+    """Return a range of values that a file says; None where it makes no sense."""
+    try:
+        return checked_contrast(said)
+    except (TypeError, ValueError):
+        return None
 
 
 def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any] | None:

@@ -91,8 +91,9 @@ def test_channels_of_what_has_none() -> None:
         Channel(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="color"):
         Channel(color="rot")
-    with pytest.raises(ValueError, match="contrast"):
-        Channel(contrast=(1, 1))
+    for contrast in ((1, 1), (2**60, 2**60 + 1), (0, 10**400)):
+        with pytest.raises(ValueError, match="contrast must be two different, finite numbers"):
+            Channel(contrast=contrast)
 
 
 def described(path: Path, channels: Any) -> Path:
@@ -128,6 +129,11 @@ def test_what_ome_zarr_says(tmp_path: Path) -> None:
         [{}, {"label": 3, "color": "nice", "window": [1, 2], "active": None}],
         [{"color": 255, "window": {"start": "a", "end": 1}}, {"window": {"start": 1, "end": 1}}],
         [{"window": {"start": float("inf"), "end": 0}}, {"window": {}}],
+        [{"window": {"start": 10**400, "end": 0}}, {"window": {"start": 2**60, "end": 2**60 + 1}}],
+        [{"window": {"start": False, "end": True}}, {"color": "f00"}],
+        [{"color": "ff000080"}, {"color": "ff0000\n"}],
+        [["red"], "GFP"],
+        {"label": "a mapping"},
         [{"label": "only one"}],
     ],
 )
@@ -137,6 +143,11 @@ def test_what_makes_no_sense_counts_for_nothing(tmp_path: Path, channels: Any) -
             Channel("", "#ff00ff"),
             Channel("", "#00ff00"),
         )
+
+
+def test_what_makes_no_sense_keeps_its_place(tmp_path: Path) -> None:
+    with ci.open_image(described(tmp_path / "a.ome.zarr", [None, {"label": "GFP"}])) as image:
+        assert image.channels == (Channel(), Channel("GFP"))
 
 
 LOOKS = [ci.Channel("DAPI", "blue", (5, 70)), ci.Channel("GFP", "#00ff7f", visible=False)]
