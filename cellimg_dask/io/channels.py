@@ -23,6 +23,15 @@ _MORE = ("#00ffff", "#ffff00", "#ff00ff", "#ff0000", "#00ff00", "#0000ff")
 _RGB = (("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff"))
 
 
+_WHOLE = [
+    (float(np.iinfo(f"{kind}{size}").min), float(np.iinfo(f"{kind}{size}").max))
+    for kind in "iu"
+    for size in (2, 4, 8)
+]
+"""What is written where nobody has chosen a range. An image of more than 8 bits that fills all of
+them is rare, and any other would be seen dark."""
+
+
 @dataclass(frozen=True)
 class Channel:
     """How one channel of an image looks at first.
@@ -171,6 +180,8 @@ def channel_of_omero(said: Mapping[str, Any]) -> Channel:
     window = said.get("window")
     ends = [window.get(end) for end in ("start", "end")] if isinstance(window, Mapping) else []
     contrast = contrast_of(ends[::-1] if said.get("inverted") is True else ends)
+    if contrast in _WHOLE:
+        contrast = None
     is_color = isinstance(color, str) and re.fullmatch("#?[0-9a-fA-F]{6}", color)
     return Channel(
         label if isinstance(label, str) else "",

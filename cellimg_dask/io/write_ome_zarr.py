@@ -280,7 +280,11 @@ class _Image:
         )
         is_labels = kind == "labels" or isinstance(images[0], LabelImg)
         first, said = images[0], said_of_channels(value)
-        if channels is None:
+        if is_labels and channels:
+            raise ValueError("channels are of images, and img is labels of objects; leave them out")
+        if is_labels:
+            channels = ()
+        elif channels is None:
             axis = first.space.channel_axis
             is_said = said and axis is not None and len(said) == first.shape[axis]
             channels = said if is_said else ()

@@ -163,10 +163,11 @@ def test_channels_are_written(tmp_path: Path, version: Any, dtype: str) -> None:
     source = stack(2, dtype=dtype)
     ci.write_ome_zarr(source, path, channels=looks, version=version, progress=False)
     yaozarrs.validate_zarr_store(str(path))
-    whole = {"u1": (0, 255), "i2": (-(2**15), 2**15 - 1), "f4": (0.5, -1)}[dtype]
+    # Of more than 8 bits the whole range is one that nobody has chosen.
+    contrast = {"u1": (0, 255), "i2": None, "f4": (0.5, -1)}[dtype]
     expected = (
         Channel("DAPI", "#0000ff", (5, 70)),
-        Channel("GFP", "#00ff7f", whole, visible=False),
+        Channel("GFP", "#00ff7f", contrast, visible=False),
     )
     with ci.open_image(path) as image:
         assert image.channels == expected
@@ -200,6 +201,19 @@ def test_channels_that_are_not_written(tmp_path: Path) -> None:
         )
 
 
+def test_labels_have_no_channels_of_a_file(tmp_path: Path) -> None:
+    import zarr
+
+    path, labels = tmp_path / "a.ome.zarr", tmp_path / "b.ome.zarr"
+    ci.write_ome_zarr(stack(2), path, channels=LOOKS, progress=False)
+    with ci.open_image(path) as image:
+        ci.write_ome_zarr(image, labels, labels={"x": image}, progress=False)
+    assert "omero" in zarr.open_group(labels).attrs["ome"]
+    assert "omero" not in zarr.open_group(labels / "labels/x").attrs["ome"]
+    with pytest.raises(ValueError, match="channels are of images, and img is labels"):
+        ci.write_ome_zarr(ci.label(stack(2)), labels, channels=LOOKS, progress=False)
+
+
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_channels_are_served(version: str) -> None:
     pytest.importorskip("uvicorn")
@@ -208,7 +222,7 @@ def test_channels_are_served(version: str) -> None:
         with ci.open_image(f"{server.url}/{front}cells") as image:
             assert image.channels == (
                 Channel("DAPI", "#0000ff", (5, 70)),
-                Channel("GFP", "#00ff7f", (0, 65535), visible=False),
+                Channel("GFP", "#00ff7f", None, visible=False),
             )
         with ci.open_image(f"{server.url}/{front}plain") as image:
             assert image.channels == ()
