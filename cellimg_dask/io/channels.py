@@ -13,7 +13,7 @@ from cellimg_dask.geometry import Space
 from cellimg_dask.io.colors import COLORS
 from cellimg_dask.io.looks import checked_color, checked_contrast
 
-__all__ = ["Channel", "channel_of_omero", "channels_of", "contrast_of", "omero_of"]
+__all__ = ["Channel", "channel_of_omero", "channels_of", "contrast_of", "light_of", "omero_of"]
 
 _MOST = 16
 """So many are seen together."""
@@ -182,13 +182,18 @@ def channel_of_omero(said: Mapping[str, Any]) -> Channel:
     contrast = contrast_of(ends[::-1] if said.get("inverted") is True else ends)
     if contrast in _WHOLE:
         contrast = None
-    is_color = isinstance(color, str) and re.fullmatch("#?[0-9a-fA-F]{6}", color)
     return Channel(
         label if isinstance(label, str) else "",
-        f"#{str(color).lstrip('#')}" if is_color else None,
+        light_of(color.lstrip("#")) if isinstance(color, str) else None,
         contrast,
         active is not False,
     )
+
+
+def light_of(digits: str) -> str | None:
+    """Return a colour that a file says in six digits; None for black, in which nothing is seen."""
+    is_light = re.fullmatch("[0-9a-fA-F]{6}", digits) and int(digits, 16)
+    return f"#{digits}" if is_light else None
 
 
 def contrast_of(said: Sequence[Any]) -> tuple[float, float] | None:

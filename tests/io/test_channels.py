@@ -132,6 +132,7 @@ def test_what_ome_zarr_says(tmp_path: Path) -> None:
         [{"window": {"start": 10**400, "end": 0}}, {"window": {"start": 2**60, "end": 2**60 + 1}}],
         [{"window": {"start": False, "end": True}}, {"color": "f00"}],
         [{"color": "ff000080"}, {"color": "ff0000\n"}],
+        [{"color": "000000"}, {"color": "#"}],
         [["red"], "GFP"],
         {"label": "a mapping"},
         [{"label": "only one"}],
@@ -247,6 +248,44 @@ def test_what_tiff_says(tmp_path: Path) -> None:
         assert colors(Layer(image)) == ["#ff00ff", "#00ff00"]
 
 
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        (["0488", "405, 488"], [None, None], [None, None]),
+        (["1e3", "true"], ["true", "red"], [None, None]),
+        (["a/b\"<&'", "é😀"], [255, 0], [None, None]),
+        # White beside another colour was chosen.
+        (["GFP", "light"], [0x00FF00FF, -1], ["#00ff00", "#ffffff"]),
+        (["a", "b"], [2**70 + 0xFF0000FF, "1.5"], ["#ff0000", None]),
+    ],
+)
+def test_names_and_colours_in_ome_xml(
+    tmp_path: Path, names: list[str], given: list[Any], expected: list[Any]
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    said: dict[str, Any] = {"Name": names}
+    if given != [None, None]:
+        said["Color"] = given
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, np.zeros((2, 5, 6), "u2"), metadata={"axes": "CYX", "Channel": said})
+    with ci.open_image(path) as image:
+        assert [channel.label for channel in image.channels] == names
+        assert [channel.color for channel in image.channels] == expected
+
+
+def test_sizes_in_ome_xml_that_make_no_sense() -> None:
+    from cellimg_dask.io.tiff_said import ome_channels, ome_sizes
+
+    xml = """<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image>
+        <Pixels PhysicalSizeX="true" PhysicalSizeY="0,5" PhysicalSizeZ="2" TimeIncrement="inf"/>
+        </Image></OME>"""
+    assert ome_sizes(xml, 0) == {"z": (2.0, "µm")}
+    for other in ("", "<OME/>", "<OME", "<OME><Image/></OME>", xml[:-5]):
+        assert ome_sizes(other, 0) == {}
+        assert ome_channels(other, 0) == ()
+    assert ome_sizes(xml, 1) == {}
+
+
 def test_what_imagej_says(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
     data = np.zeros((3, 2, 5, 6), "u2")
@@ -264,3 +303,36 @@ def test_what_imagej_says(tmp_path: Path) -> None:
     )
     with ci.open_image(tmp_path / "b.tif") as image:
         assert image.channels == ()
+
+
+RAMP = np.arange(256, dtype="u1")
+RED, GREY = np.stack([RAMP, 0 * RAMP, 0 * RAMP]), np.stack([RAMP] * 3)
+INVERTED = GREY[:, ::-1]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        # Of a channel of one value ImageJ writes that twice.
+        (
+            {"LUTs": [RED, GREY], "Ranges": (5.0, 5.0, 0.0, 9.0)},
+            [("#ff0000", None), ("#ffffff", (0, 9))],
+        ),
+        (
+            {"LUTs": [RED, GREY], "Ranges": (float("nan"), 5.0, 0.0, 9.0)},
+            [("#ff0000", None), ("#ffffff", (0, 9))],
+        ),
+        ({"LUTs": [RED, GREY], "Ranges": (5.0, 9.0)}, [("#ff0000", None), ("#ffffff", None)]),
+        ({"LUTs": [RED], "Ranges": (0.0, 9.0, 1.0, 3.0)}, [(None, (0, 9)), (None, (1, 3))]),
+        (
+            {"LUTs": [INVERTED, RED], "Ranges": (0.0, 9.0, 1.0, 3.0)},
+            [("#ffffff", (9, 0)), ("#ff0000", (1, 3))],
+        ),
+    ],
+)
+def test_what_imagej_says_in_part(tmp_path: Path, said: Any, expected: Any) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    data = np.zeros((2, 5, 6), "u2")
+    tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "CYX", **said})
+    with ci.open_image(tmp_path / "a.tif") as image:
+        assert [(each.color, each.contrast) for each in image.channels] == expected
