@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +111,10 @@ def channels_of(
     if axis is None or not given:
         return ()
     is_picture = (space.axes or ())[axis] == "s" and number in (3, 4)
-    last = _of_picture(dtype) if is_picture else _one_by_one(number)
     if len(said) != number:
         said = [Channel()] * number
+    known = {_digits(own.color) for own in (*given, *said) if isinstance(own, Channel)}
+    last = _of_picture(dtype) if is_picture else _one_by_one(number, known)
     base = otherwise or Channel()
     found = []
     for own, told, default in zip(given, said, last[:number], strict=True):
@@ -163,12 +164,22 @@ def _of_picture(dtype: np.dtype[Any]) -> list[Channel]:
     return [*rgb, Channel("alpha", None, whole, visible=False)]
 
 
-def _one_by_one(number: int) -> list[Channel]:
-    """Return how channels look of which nothing is known: a single one in grey."""
+def _one_by_one(number: int, known: Collection[str]) -> list[Channel]:
+    """Return how channels look of which nothing is known: a single one in grey.
+
+    Colours that are known of others are taken last.
+    """
     if number == 1:
         return [Channel()]
-    palette = _TWO if number == 2 else _MORE
+    own = _TWO if number == 2 else _MORE
+    palette = [color for color in own if color[1:] not in known] or own
     return [Channel(color=palette[index % len(palette)]) for index in range(number)]
+
+
+def _digits(color: Any) -> str:
+    """Return a colour, which may be a name, in six digits; white where there is none."""
+    text = str(color or "white")
+    return COLORS.get(text, text.lstrip("#"))
 
 
 # ------------------------------------------------------------------ metadata
@@ -215,7 +226,6 @@ def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any
         return None
     entries = []
     for number, channel in enumerate(channels):
-        color = str(channel.color or "white")
         whole = _of_picture(dtype)[0].contrast or (0.0, 1.0)
         if dtype.kind == "i":
             whole = (float(np.iinfo(dtype).min), whole[1])
@@ -225,7 +235,7 @@ def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any
         entries.append(
             {
                 "label": channel.label or str(number),
-                "color": COLORS.get(color, color.lstrip("#")).upper(),
+                "color": _digits(channel.color).upper(),
                 "active": channel.visible,
                 "inverted": given[0] > given[1],
                 "window": {"start": start, "end": end, "min": low, "max": high},

@@ -34,6 +34,14 @@ def test_colours_where_nothing_is_said() -> None:
     assert [channel.contrast for channel in layer.channels] == [(1, 2)] * 3
 
 
+def test_colours_that_are_given_are_not_taken_again() -> None:
+    assert colors(Layer(stack(2), channels=["a", Channel(color="magenta")]))[0] == "#00ff00"
+    assert colors(Layer(stack(2), channels=[Channel(color=(0, 1, 0)), "b"]))[1] == "#ff00ff"
+    given = [Channel(color="cyan"), "", "", "", "", Channel(color="#FFFF00")]
+    assert len({*colors(Layer(stack(6), channels=given))}) == 6
+    assert colors(Layer(stack(2), channels=[Channel(color="red")] * 2)) == ["red"] * 2
+
+
 @pytest.mark.parametrize(("dtype", "white"), [("u1", 255), ("u2", 65535), ("f4", 1)])
 def test_colours_of_pictures_are_those_of_the_picture(dtype: str, white: float) -> None:
     layer = Layer(stack(4, "yxs", dtype))
