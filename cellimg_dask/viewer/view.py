@@ -537,10 +537,13 @@ class View(Looking):
                 if axis is not None and layer.channels:
                     # A level may have put channels together.
                     at[axis] = number * image.shape[axis] // layer.shape[axis]
-                find_contrast(image, partial(self._set_contrast, shown), at)
+                find_contrast(image, partial(self._set_contrast, name, layer, shown), at)
 
-    def _set_contrast(self, shown: str, contrast: tuple[float, float]) -> None:
-        if not self._closed:
+    def _set_contrast(
+        self, name: str, layer: Layer, shown: str, contrast: tuple[float, float]
+    ) -> None:
+        # Another may be called so meanwhile.
+        if not self._closed and self.server.layers.get(name) is layer:
             self.viewer.retry_txn(
                 lambda state: self._scene.set_contrast(state, shown, contrast), lock=True
             )

@@ -331,6 +331,24 @@ def test_contrast_of_levels_that_put_channels_together() -> None:
         until(lambda: all(map(is_found, v.names_in_viewer("cells"))))
 
 
+def test_a_contrast_that_is_found_late_is_not_that_of_the_next_layer() -> None:
+    begin = threading.Event()
+
+    def slow(block: Any) -> Any:
+        assert begin.wait(30)
+        return block
+
+    first, second = cells().image, cells(visible=False)
+    late = ci.map_cells(slow, first, dtype="u2")
+    with view({"cells": late}) as v:
+        v.remove("cells")
+        v.add("cells", second)
+        begin.set()
+        late[...]
+        for each in v.names_in_viewer("cells"):
+            assert v.viewer.state.layers[each].layer.shader_controls.to_json() == {}
+
+
 def test_layers_that_were_closed_in_the_page() -> None:
     labels = Layer(np.zeros((4, 20, 30), "u1"), kind="labels")
     with view({"cells": cells(channels=["a", "b", "c"]), "labels": labels, "last": lazy()}) as v:
