@@ -13,7 +13,15 @@ from cellimg_dask.geometry import Space
 from cellimg_dask.io.colors import COLORS
 from cellimg_dask.io.looks import checked_color, checked_contrast
 
-__all__ = ["Channel", "channel_of_omero", "channels_of", "contrast_of", "light_of", "omero_of"]
+__all__ = [
+    "Channel",
+    "channel_of_omero",
+    "channels_of",
+    "channels_of_mode",
+    "contrast_of",
+    "light_of",
+    "omero_of",
+]
 
 _MOST = 16
 """So many are seen together."""
@@ -162,6 +170,29 @@ def _of_picture(dtype: np.dtype[Any]) -> list[Channel]:
     whole = (0.0, float(np.iinfo(dtype).max)) if dtype.kind in "iu" else (0.0, 1.0)
     rgb = [Channel(label, color, whole) for label, color in _RGB]
     return [*rgb, Channel("alpha", None, whole, visible=False)]
+
+
+def channels_of_mode(mode: str, dtype: np.dtype[Any]) -> tuple[Channel, ...]:
+    """Return how the samples of a picture look, if they are not red, green and blue.
+
+    Parameters
+    ----------
+    mode : str
+        ``"LA"`` for brightness and how much is covered, ``"CMYK"`` for inks; of others nothing is
+        said.
+    dtype
+        Of the picture.
+    """
+    if mode == "LA":
+        return Channel("grey", "white"), Channel("alpha", "white", visible=False)
+    if mode == "CMYK":
+        # Ink takes light away: cyan the red.
+        low, high = _of_picture(dtype)[0].contrast or (0.0, 1.0)
+        light = [color for _, color in _RGB]
+        inks = zip(("cyan", "magenta", "yellow"), light, strict=True)
+        coloured = (Channel(label, color, (high, low)) for label, color in inks)
+        return (*coloured, Channel("black", "white", (high, low), visible=False))
+    return ()
 
 
 def _one_by_one(number: int, known: Collection[str]) -> list[Channel]:

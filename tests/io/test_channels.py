@@ -344,3 +344,37 @@ def test_what_imagej_says_in_part(tmp_path: Path, said: Any, expected: Any) -> N
     tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "CYX", **said})
     with ci.open_image(tmp_path / "a.tif") as image:
         assert [(each.color, each.contrast) for each in image.channels] == expected
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_pictures_that_are_not_red_green_and_blue(tmp_path: Path, name: str) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    pytest.importorskip("imageio.v3")
+
+    def looks(mode: str) -> list[Any]:
+        pillow.new(mode, (6, 5)).save(tmp_path / name)
+        with ci.open_image(tmp_path / name) as image:
+            found = Layer(image).channels
+        return [(each.label, each.color, each.contrast, each.visible) for each in found]
+
+    if name != "a.jpg":
+        assert looks("LA") == [("grey", "white", None, True), ("alpha", "white", None, False)]
+    if name != "a.png":
+        assert looks("CMYK") == [
+            ("cyan", "#ff0000", (255, 0), True),
+            ("magenta", "#00ff00", (255, 0), True),
+            ("yellow", "#0000ff", (255, 0), True),
+            ("black", "white", (255, 0), False),
+        ]
+    assert [label for label, *_ in looks("RGB")] == ["red", "green", "blue"]
+    assert looks("L") == []
+
+
+def test_two_samples_of_tiff_that_are_no_picture(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    data = np.zeros((5, 6, 2), "u1")
+    options = {"photometric": "minisblack", "planarconfig": "contig"}
+    for kind, labels in (("unspecified", ["", ""]), ("assocalpha", ["grey", "alpha"])):
+        tifffile.imwrite(tmp_path / "a.tif", data, extrasamples=[kind], **options)
+        with ci.open_image(tmp_path / "a.tif") as image:
+            assert [channel.label for channel in Layer(image).channels] == labels
