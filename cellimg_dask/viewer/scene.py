@@ -68,6 +68,8 @@ def as_shown(layer: Layer, placed: Sequence[Space] = ()) -> Layer:
     """
     shown = copy.copy(layer)
     shown.images = tuple(_converted(image, layer.kind) for image in layer.images)
+    if layer.dtype.kind == "c":
+        shown.fill_value = _magnitude(np.asarray(layer.fill_value))[()]
     if layer.space.is_plain:
         upon = next(filter(None, (_part_for(layer.space, space) for space in placed)), None)
         if upon is not None:

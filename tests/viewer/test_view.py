@@ -126,6 +126,15 @@ def test_dtypes_that_the_viewer_does_not_know(dtype: str, kind: Any, expected: s
     np.testing.assert_array_equal(np.asarray(converted), values.astype(expected))
 
 
+def test_the_fill_value_of_complex_numbers_is_their_magnitude() -> None:
+    layer = Layer(np.zeros((4, 6), "c8"), fill_value=3 + 4j)
+    assert as_shown(layer).fill_value == 5
+    assert layer.fill_value == 3 + 4j
+    # Without a warning that something is left out.
+    with view({"waves": layer}) as v:
+        assert v.server.layers["waves"].dtype == "f4"
+
+
 def test_images_of_other_axes_are_laid_upon_the_first() -> None:
     raw = lazy((2, 8, 20, 30), axes="czyx", units="um", scale=(1, 2, 0.5, 0.5))
     stack, plane = (
