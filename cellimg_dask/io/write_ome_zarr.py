@@ -139,8 +139,8 @@ def write_ome_zarr(
         As in `pyramid`, for ``img``; default: ``"mode"`` for a `LabelImg`, else ``"mean"``.
     channels : sequence of Channel or str, optional
         Labels, colours and contrasts of the channels, or their labels. Default: what the file says
-        of which ``img`` was opened. Of an image of floats they are noted if all contrasts are
-        known.
+        of which ``img`` was opened; an empty sequence: what is noted already stays. Of an image
+        of floats they are noted if all contrasts are known.
     name : str, optional
         Of the image; default: that of the path without its endings.
     version : {"0.5", "0.4"}
