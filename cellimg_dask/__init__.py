@@ -67,6 +67,7 @@ from cellimg_dask.ops.surfaces import Mesh
 from cellimg_dask.ops.tables import region_table
 from cellimg_dask.ops.thin_plate import ThinPlateSpline
 from cellimg_dask.ops.transforms import Affine
+from cellimg_dask.ops.transpose import transpose
 from cellimg_dask.ops.warp import warp
 from cellimg_dask.queues.block_queue import BlockQueue
 from cellimg_dask.queues.environments import Env
@@ -171,6 +172,7 @@ __all__ = [
     "statistics",
     "stats",
     "stitch",
+    "transpose",
     "view",
     "warp",
     "write_ome_zarr",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import gc
 import os
 import signal
@@ -9,11 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from multiprocessing import resource_tracker
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import pythons
@@ -33,6 +36,39 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make processes cheap to start: the tests start hundreds."""
+    if hasattr(config, "workerinput"):
+        return
+    # Each would compile the library where Python is told to write no bytecode.
+    compileall.compile_dir(Path(ci.__file__).parent, quiet=2)
+    # Threads of BLAS that have nothing to do spin.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_workers() -> Iterator[None]:
+    """Have workers of clusters forked from a process that has imported distributed.
+
+    The library they import themselves, as those that are spawned do.
+    """
+    if find_spec("distributed") is None:
+        yield
+        return
+    from distributed.utils import get_mp_context
+
+    forked = {
+        "distributed.worker.multiprocessing-method": "forkserver",
+        "multiprocessing.context": "forkserver",
+    }
+    with dask.config.set(forked):
+        # Says what to import.
+        get_mp_context()
+        # Now, so that no test is taken for the one that left its pipe open.
+        forkserver.ensure_running()
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -192,34 +228,49 @@ def footprint(_segments: set[str]) -> Callable[[], dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks(_segments: set[str]):
-    """Fail a test that leaves threads, processes, shared memory or pipes behind.
+def _no_leaks(request: pytest.FixtureRequest, nothing_left: Any) -> Iterator[None]:
+    """Fail a test that leaves threads, processes, shared memory or pipes behind."""
+    name = "shared_workers"
+    shared = name in request.fixturenames and request.getfixturevalue(name) is not None
+    # Workers that go on keep what they need; who started them looks when they have ended.
+    with nullcontext() if shared else nothing_left():
+        yield
+
+
+@pytest.fixture(scope="session")
+def nothing_left(_segments: set[str]) -> Callable[[], Any]:
+    """Give a context that fails if threads, processes, shared memory or pipes are left in the end.
 
     Threads and processes of pools that are shared and stay are let be, and so are sockets.
     """
-    resource_tracker.ensure_running()
-    threads = set(threading.enumerate())
-    processes, segments, pipes = _children(), _existing(_segments), _pipes()
-    yield
-    left = [
-        thread
-        for thread in threading.enumerate()
-        if thread not in threads and not _belongs_to_a_pool(thread)
-    ]
-    for thread in left:
-        # One that was just told to end is given the time.
-        thread.join(5)
-    left = [thread for thread in left if thread.is_alive()]
-    assert not left, f"threads left running: {left}"
-    assert not _existing(_segments) - segments, "shared memory left"
-    left_processes = {pid: what for pid, what in _children().items() if pid not in processes}
-    assert not left_processes, f"processes left: {left_processes}"
-    if _has_cluster():
-        # Its workers may have been started again, with new pipes.
-        return
-    if _pipes() - pipes:
-        gc.collect()
-    assert not _pipes() - pipes, "pipes left open"
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        resource_tracker.ensure_running()
+        threads = set(threading.enumerate())
+        processes, segments, pipes = _children(), _existing(_segments), _pipes()
+        yield
+        left = [
+            thread
+            for thread in threading.enumerate()
+            if thread not in threads and not _belongs_to_a_pool(thread)
+        ]
+        for thread in left:
+            # One that was just told to end is given the time.
+            thread.join(5)
+        left = [thread for thread in left if thread.is_alive()]
+        assert not left, f"threads left running: {left}"
+        assert not _existing(_segments) - segments, "shared memory left"
+        left_processes = {pid: what for pid, what in _children().items() if pid not in processes}
+        assert not left_processes, f"processes left: {left_processes}"
+        if _has_cluster():
+            # Its workers may have been started again, with new pipes.
+            return
+        if _pipes() - pipes:
+            gc.collect()
+        assert not _pipes() - pipes, "pipes left open"
+
+    return watched
 
 
 def _has_cluster() -> bool:

@@ -102,6 +102,7 @@ PUBLIC = [
     "statistics",
     "stats",
     "stitch",
+    "transpose",
     "view",
     "warp",
     "write_ome_zarr",

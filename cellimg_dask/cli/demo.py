@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cellimg_dask as ci
-from cellimg_dask.cli.files import SAMPLES, Stored, open_file, reason
+from cellimg_dask.cli.files import Stored, open_file, reason
 from cellimg_dask.cli.pipeline import LUMINANCE, Pipeline, luminance
 from cellimg_dask.cli.require import require
 from cellimg_dask.cli.sizes import format_bytes
+from cellimg_dask.io.channels import SAMPLES
 
 __all__ = ["demo"]
 
@@ -311,9 +312,8 @@ def _look(task: _Task, *, open_browser: bool) -> None:
 
     cache = ci.CellCache(ci.get_cache().max_bytes)
     gray, first, second = _stages(task, task.stored.read(), cache)
-    flat = second.ndim == 2
     layers = {"image": gray, _name(first): first, _name(second): second}
-    look_at(layers, layout="xy" if flat else "4panel", open_browser=open_browser)
+    look_at(layers, open_browser=open_browser)
 
 
 def _stages(task: _Task, source: Any, cache: ci.CellCache) -> tuple[Any, ci.CellImg, ci.CellImg]:

@@ -18,10 +18,7 @@ from cellimg_dask.io.opened import ListedArray
 from cellimg_dask.io.stored_image import StoredImage
 from cellimg_dask.loading.file_array import FileArray
 
-__all__ = ["SAMPLES", "Stored", "open_file", "reason"]
-
-SAMPLES = "s"
-"""Name of an axis of colour samples (red, green, blue), as TIFF calls it."""
+__all__ = ["Stored", "open_file", "reason"]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from cellimg_dask.cli.files import SAMPLES, Stored, open_file
+from cellimg_dask.cli.files import Stored, open_file
 from cellimg_dask.cli.functions import hint_for, is_function, show_function
 from cellimg_dask.cli.sizes import format_bytes
+from cellimg_dask.io.channels import SAMPLES
 
 __all__ = ["info"]
 

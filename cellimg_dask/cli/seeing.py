@@ -129,10 +129,10 @@ def view(
             _show(viewer, open_browser=not no_browser)
 
 
-def look_at(layers: Mapping[str, Any], *, layout: str, open_browser: bool) -> None:
+def look_at(layers: Mapping[str, Any], *, open_browser: bool) -> None:
     """Show layers in the browser until that is interrupted."""
     try:
-        viewer = ci.view(layers, layout=layout)
+        viewer = ci.view(layers)
     except OSError as error:
         raise click.ClickException(str(error)) from error
     with viewer:

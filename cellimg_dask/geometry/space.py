@@ -176,15 +176,19 @@ class Space:
             tuple(shift + scale * (factor - 1) / 2 for scale, shift, factor in steps),
         )
 
-    def without(self, axes: Collection[int]) -> Space:
-        """Return the space without some axes."""
-        kept = [axis for axis in range(self.ndim) if axis not in axes]
+    def taking(self, axes: Iterable[int]) -> Space:
+        """Return the space of just these axes, in this order."""
+        kept = list(axes)
         return Space(
             None if self.axes is None else tuple(self.axes[axis] for axis in kept),
             tuple(self.units[axis] for axis in kept),
             tuple(self.scale[axis] for axis in kept),
             tuple(self.translation[axis] for axis in kept),
         )
+
+    def without(self, axes: Collection[int]) -> Space:
+        """Return the space without some axes."""
+        return self.taking(axis for axis in range(self.ndim) if axis not in axes)
 
     def with_axis(self, place: int) -> Space:
         """Return the space with an axis more, of which nothing is known, at a place.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from cellimg_dask.io.colors import COLORS
 from cellimg_dask.io.looks import checked_color, checked_contrast
 
 __all__ = [
+    "SAMPLES",
     "Channel",
     "channel_of_omero",
     "channels_of",
@@ -21,7 +22,12 @@ __all__ = [
     "contrast_of",
     "light_of",
     "omero_of",
+    "picture_channels",
+    "without_whole_ranges",
 ]
+
+SAMPLES = "s"
+"""What an axis of red, green and blue is called, as TIFF does."""
 
 _MOST = 16
 """So many are seen together."""
@@ -118,14 +124,13 @@ def channels_of(
         given = [""] * number
     if axis is None or not given:
         return ()
-    is_picture = (space.axes or ())[axis] == "s" and number in (3, 4)
     if len(said) != number:
         said = [Channel()] * number
     known = {_digits(own.color) for own in (*given, *said) if isinstance(own, Channel)}
-    last = _of_picture(dtype) if is_picture else _one_by_one(number, known)
+    last = picture_channels(space, shape, dtype) or _one_by_one(number, known)
     base = otherwise or Channel()
     found = []
-    for own, told, default in zip(given, said, last[:number], strict=True):
+    for own, told, default in zip(given, said, last, strict=True):
         label, color, contrast = "", None, None
         visible = told.visible and default.visible
         if isinstance(own, str):
@@ -165,11 +170,19 @@ def _check(given: Any, space: Space, number: int) -> None:
 # ------------------------------------------------------------------ what nobody has said here
 
 
-def _of_picture(dtype: np.dtype[Any]) -> list[Channel]:
-    """Return how colours are shown as they are; how much is covered is not light."""
-    whole = (0.0, float(np.iinfo(dtype).max)) if dtype.kind in "iu" else (0.0, 1.0)
-    rgb = [Channel(label, color, whole) for label, color in _RGB]
-    return [*rgb, Channel("alpha", None, whole, visible=False)]
+def picture_channels(
+    space: Space, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[Channel, ...]:
+    """Return red, green and blue as they are; how much is covered is not light.
+
+    Of what is no picture, nothing.
+    """
+    axis = space.channel_axis
+    if axis is None or (space.axes or ())[axis] != SAMPLES or shape[axis] not in (3, 4):
+        return ()
+    white = _range_of(dtype)
+    rgb = [Channel(label, color, white) for label, color in _RGB]
+    return (*rgb, Channel("alpha", None, white, visible=False))[: shape[axis]]
 
 
 def channels_of_mode(mode: str, dtype: np.dtype[Any]) -> tuple[Channel, ...]:
@@ -187,7 +200,7 @@ def channels_of_mode(mode: str, dtype: np.dtype[Any]) -> tuple[Channel, ...]:
         return Channel("grey", "white"), Channel("alpha", "white", visible=False)
     if mode == "CMYK":
         # Ink takes light away: cyan the red.
-        low, high = _of_picture(dtype)[0].contrast or (0.0, 1.0)
+        low, high = _range_of(dtype)
         light = [color for _, color in _RGB]
         inks = zip(("cyan", "magenta", "yellow"), light, strict=True)
         coloured = (Channel(label, color, (high, low)) for label, color in inks)
@@ -195,16 +208,20 @@ def channels_of_mode(mode: str, dtype: np.dtype[Any]) -> tuple[Channel, ...]:
     return ()
 
 
-def _one_by_one(number: int, known: Collection[str]) -> list[Channel]:
+def _range_of(dtype: np.dtype[Any]) -> tuple[float, float]:
+    return (0.0, float(np.iinfo(dtype).max)) if dtype.kind in "iu" else (0.0, 1.0)
+
+
+def _one_by_one(number: int, known: Collection[str]) -> tuple[Channel, ...]:
     """Return how channels look of which nothing is known: a single one in grey.
 
     Colours that are known of others are taken last.
     """
     if number == 1:
-        return [Channel()]
+        return (Channel(),)
     own = _TWO if number == 2 else _MORE
     palette = [color for color in own if color[1:] not in known] or own
-    return [Channel(color=palette[index % len(palette)]) for index in range(number)]
+    return tuple(Channel(color=palette[index % len(palette)]) for index in range(number))
 
 
 def _digits(color: Any) -> str:
@@ -222,13 +239,21 @@ def channel_of_omero(said: Mapping[str, Any]) -> Channel:
     window = said.get("window")
     ends = [window.get(end) for end in ("start", "end")] if isinstance(window, Mapping) else []
     contrast = contrast_of(ends[::-1] if said.get("inverted") is True else ends)
-    if contrast in _WHOLE:
-        contrast = None
     return Channel(
         label if isinstance(label, str) else "",
         light_of(color.lstrip("#")) if isinstance(color, str) else None,
         contrast,
         active is not False,
+    )
+
+
+def without_whole_ranges(channels: tuple[Channel, ...]) -> tuple[Channel, ...]:
+    """Return channels without ranges that nobody has chosen; a picture keeps its own."""
+    if [channel.label for channel in channels[:3]] == [label for label, _ in _RGB]:
+        return channels
+    return tuple(
+        replace(channel, contrast=None) if channel.contrast in _WHOLE else channel
+        for channel in channels
     )
 
 
@@ -257,7 +282,7 @@ def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any
         return None
     entries = []
     for number, channel in enumerate(channels):
-        whole = _of_picture(dtype)[0].contrast or (0.0, 1.0)
+        whole = _range_of(dtype)
         if dtype.kind == "i":
             whole = (float(np.iinfo(dtype).min), whole[1])
         given = channel.contrast or whole

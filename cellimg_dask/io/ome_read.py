@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cellimg_dask.geometry import Space
-from cellimg_dask.io.channels import Channel, channel_of_omero
+from cellimg_dask.io.channels import Channel, channel_of_omero, without_whole_ranges
 from cellimg_dask.io.spaces import tolerant_space
 
 __all__ = [
@@ -107,6 +107,7 @@ def channels_in(attributes: Mapping[str, Any]) -> tuple[Channel, ...]:
         channel_of_omero(item if isinstance(item, Mapping) else {})
         for item in (said if isinstance(said, (list, tuple)) else ())
     )
+    found = without_whole_ranges(found)
     return found if any(channel != Channel() for channel in found) else ()
 
 

@@ -17,7 +17,9 @@ from cellimg_dask.batch.run import forget_files, place_of_target
 from cellimg_dask.batch.target import Layout
 from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.image.cellimg import CellImg
-from cellimg_dask.io.channels import Channel, channels_of, omero_of
+from cellimg_dask.image.input import as_input
+from cellimg_dask.image.space_of import space_of
+from cellimg_dask.io.channels import SAMPLES, Channel, channels_of, omero_of, picture_channels
 from cellimg_dask.io.ome import OmeVersion, axis_type
 from cellimg_dask.io.ome_group import OmeGroup
 from cellimg_dask.io.stored_image import said_of_channels
@@ -27,6 +29,7 @@ from cellimg_dask.loading.node import defining
 from cellimg_dask.loading.readers import Reader
 from cellimg_dask.ops.label_image import LabelImg
 from cellimg_dask.ops.pyramid import Factors, Pyramid, as_image, pyramid
+from cellimg_dask.ops.transpose import transpose
 from cellimg_dask.queues.block_queue import BlockQueue
 
 __all__ = ["OmeZarrReport", "levels_of", "write_ome_zarr"]
@@ -123,8 +126,9 @@ def write_ome_zarr(
     img : CellImg, array-like, Pyramid, sequence of these, or None
         The image; None adds labels to one that is there, whoever wrote it. Axes, units, scale and
         translation are those of its `Space`; axes that nobody has named are the last of t, c, z,
-        y and x. A `Pyramid`, or a sequence of images of which the finest comes first, gives all
-        levels.
+        y and x. They are written in the order of OME-Zarr, time, channels, space; red, green and
+        blue, an axis "s", become channels. A `Pyramid`, or a sequence of images of which the
+        finest comes first, gives all levels.
     path : path or URL
         Of the group, by custom with the ending ``.ome.zarr``. Markers, locks and reports lie
         beside it, in ``<path>.run``.
@@ -164,8 +168,8 @@ verify, max_memory, timeout_s
         If there is no image that labels could be added to.
     TypeError, ValueError
         If an argument is wrong, the group holds what an image is computed from and is to be
-        replaced, or OME-Zarr has no such image: it has two to five axes, time before channel
-        before two or three in space.
+        replaced, or OME-Zarr has no such image: it has two to five axes, two or three of them in
+        space.
     MemoryError, NoWorkersError
         As in `run`.
 
@@ -278,15 +282,15 @@ class _Image:
         layouts = tuple(
             Layout.of(image.grid, image.dtype, axes=spaces[0].axes, **storing) for image in images
         )
-        is_labels = kind == "labels" or isinstance(images[0], LabelImg)
-        first, said = images[0], said_of_channels(value)
+        is_labels = kind == "labels" or isinstance(_finest(value), LabelImg)
+        first, said = images[0], _said(value)
         if is_labels and channels:
             raise ValueError("channels are of images, and img is labels of objects; leave them out")
         if is_labels:
             channels = ()
         elif channels is None:
             axis = first.space.channel_axis
-            is_said = said and axis is not None and len(said) == first.shape[axis]
+            is_said = axis is not None and len(said) == first.shape[axis]
             channels = said if is_said else ()
         looks = channels_of(spaces[0], first.shape, first.dtype, given=channels, said=said)
         omero = omero_of(looks, first.dtype)
@@ -335,12 +339,40 @@ def levels_of(
                 raise TypeError(f"{what} is for a single image; the levels are given")
         if not len(value):
             raise ValueError("an image needs at least one level, got none")
-        return [as_image(image) for image in value]
+        return [_in_order(as_image(image)) for image in value]
     if kind is None and isinstance(value, LabelImg):
         kind = "labels"
     how: Literal["image", "labels"] = "labels" if kind else "image"
-    made: Pyramid = pyramid(value, levels, how, factors=factors, method=method)
+    base = _in_order(as_image(value))
+    made: Pyramid = pyramid(base, levels, how, factors=factors, method=method)
     return list(made) if levels is not None else made.levels[: _enough(made)]
+
+
+def _in_order(image: CellImg) -> CellImg:
+    """Return an image with its axes in the order of OME-Zarr: time, channels, space.
+
+    Red, green and blue of a picture are its channels, if it has no others.
+    """
+    names = image.space.axes
+    if names is None:
+        return image
+    if SAMPLES in names and "c" not in names:
+        names = tuple("c" if name == SAMPLES else name for name in names)
+        image = image.with_space(axes=names)
+    places = [_ORDER.index(axis_type(name)) for name in names]
+    return transpose(image, sorted(range(len(names)), key=places.__getitem__))
+
+
+def _finest(value: Any) -> Any:
+    return value[0] if isinstance(value, (Pyramid, list, tuple)) else value
+
+
+def _said(value: Any) -> tuple[Channel, ...]:
+    """Return how the channels of an image look by what the file says, or as a picture."""
+    first = _finest(value)
+    given = first if isinstance(first, CellImg) else as_input(first)
+    array = given if isinstance(given, CellImg) else given.array
+    return said_of_channels(value) or picture_channels(space_of(given), array.shape, array.dtype)
 
 
 def _enough(made: Pyramid) -> int:
@@ -361,13 +393,12 @@ def _check_axes(space: Space, what: str) -> None:
     """Refuse axes that OME-Zarr does not know."""
     names = space.axes or ()
     kinds = [axis_type(name) for name in names]
-    in_space = kinds.count("space")
-    places = [_ORDER.index(kind) for kind in kinds]
-    if not 2 <= len(names) <= 5 or not 2 <= in_space <= 3 or places != sorted(places):
+    in_space, single = kinds.count("space"), max(kinds.count("time"), kinds.count("channel"))
+    if not 2 <= len(names) <= 5 or not 2 <= in_space <= 3 or single > 1:
         raise ValueError(
-            f"{what} has axes {', '.join(names) or 'none'}; OME-Zarr has two to five, t before c "
-            f"before two or three in space: name them by with_space(axes=…), or write a zarr array "
-            f"by run"
+            f"{what} has axes {', '.join(names) or 'none'}; OME-Zarr has two to five: at most one "
+            f"of time, at most one of channels, two or three in space. Name them by "
+            f"with_space(axes=…), or write a zarr array by run"
         )
 
 

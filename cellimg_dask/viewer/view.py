@@ -46,7 +46,7 @@ class View(Looking):
         *,
         host: str,
         port: int,
-        layout: str,
+        layout: str | None,
         work: bool,
         prefetch: bool,
         **options: Any,
@@ -492,7 +492,10 @@ class View(Looking):
             self._editions.watch(self._scene.work_name(name), ())
         self._tell()
 
-    def _begin(self, layout: str, prefetch: bool) -> None:
+    def _begin(self, layout: str | None, prefetch: bool) -> None:
+        if layout is None:
+            axes = (sum(layer.space.spatial) for layer in self.server.layers.values())
+            layout = "xy" if max(axes, default=3) < 3 else "4panel"
         with self.viewer.txn() as state:
             self._scene.look_at_center(state, list(self.server.layers.values()))
             for name in self._given:
@@ -594,7 +597,7 @@ def view(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
-    layout: str = "4panel",
+    layout: str | None = None,
     work: bool = False,
     prefetch: bool = False,
     **options: Any,
@@ -615,7 +618,8 @@ def view(
     port : int
         Of the page. Default: one that is free.
     layout : str
-        "4panel", "xy", "xz", "yz", "xy-3d", "3d" and so on.
+        "4panel", "xy", "xz", "yz", "xy-3d", "3d" and so on. Default: "4panel", or "xy" where no
+        layer has three axes in space.
     work : bool
         Whether layers show which cells are being computed.
     prefetch : bool

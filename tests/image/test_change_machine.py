@@ -889,7 +889,7 @@ def test_changes_reach_what_they_affect_and_nothing_else(machine: Any) -> None:
             report_multiple_bugs=False,
         ),
     )
-    assert steps_done >= (2000 if machine.exact else 800)
+    assert steps_done >= (1200 if machine.exact else 400)
 
 
 # ----------------------------------------------------------------------------- threads

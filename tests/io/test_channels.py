@@ -378,3 +378,79 @@ def test_two_samples_of_tiff_that_are_no_picture(tmp_path: Path) -> None:
         tifffile.imwrite(tmp_path / "a.tif", data, extrasamples=[kind], **options)
         with ci.open_image(tmp_path / "a.tif") as image:
             assert [channel.label for channel in Layer(image).channels] == labels
+
+
+@pytest.mark.parametrize(("axes", "shape"), [("yxs", (20, 30, 3)), ("tyxs", (2, 9, 8, 4))])
+def test_pictures_are_written_with_channels_first(
+    tmp_path: Path, axes: str, shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    yaozarrs = pytest.importorskip("yaozarrs")
+    data = rng.integers(0, 256, shape, "u1")
+    calls: list[tuple[int, ...]] = []
+
+    def noted(block: Any) -> None:
+        calls.append(block.position)
+        block.data[...] = block.inputs[0]
+
+    space = ci.Space.of(len(axes), axes, units={"y": "um", "x": "um"}, scale={"y": 2, "x": 3})
+    grid = ci.CellGrid(shape, 8)
+    image = ci.fill_cells(noted, grid, ci.Input(data, space=space), dtype="u1", version="1")
+    path = tmp_path / "a.ome.zarr"
+    report = ci.write_ome_zarr(image, path, levels=2, progress=False)
+    assert report.ok
+    yaozarrs.validate_zarr_store(str(path))
+    # Once each, also for the coarser level.
+    assert len(calls) == len(set(calls)) == grid.num_cells
+    place = axes.index("y")
+    with ci.open_image(path) as found:
+        assert found.axes == tuple(axes[:place] + "cyx")
+        np.testing.assert_array_equal(found, np.moveaxis(data, -1, place))
+        assert found.scale[-2:] == (2, 3)
+        assert found.units[-1] == "micrometer"
+        labels = ["red", "green", "blue", "alpha"][: shape[-1]]
+        assert [each.label for each in found.channels] == labels
+        coarse = ci.pyramid(ci.Input(data, space=space), 2)[1]
+        np.testing.assert_array_equal(found.levels[1], np.moveaxis(coarse[...], -1, place))
+    again = ci.write_ome_zarr(image, path, levels=2, progress=False)
+    assert again.computed == 0
+
+
+def test_axes_are_put_in_the_order_of_ome_zarr(tmp_path: Path) -> None:
+    """As ImageJ and many microscopes write them: planes before channels."""
+    yaozarrs = pytest.importorskip("yaozarrs")
+    tifffile = pytest.importorskip("tifffile")
+    data = np.arange(2 * 3 * 2 * 8 * 9, dtype="u2").reshape(2, 3, 2, 8, 9)
+    metadata = {"axes": "TZCYX", "spacing": 4, "unit": "um"}
+    tifffile.imwrite(
+        tmp_path / "a.tif", data, imagej=True, metadata=metadata, resolution=(0.5, 0.5)
+    )
+    labels = ci.label(ci.Source(data[0] > 50, space=ci.Space.of(4, "zcyx")))
+    with ci.open_image(tmp_path / "a.tif") as image:
+        path = tmp_path / "a.ome.zarr"
+        ci.write_ome_zarr(image, path, labels={"bright": labels}, levels=2, progress=False)
+        yaozarrs.validate_zarr_store(str(path))
+        with ci.open_image(path) as found:
+            assert found.axes == tuple("tczyx")
+            np.testing.assert_array_equal(found, data.swapaxes(1, 2))
+            assert found.scale == (1, 1, 4, 2, 2)
+            assert found.levels[1].shape == (2, 2, 2, 4, 5)
+            assert found.labels["bright"].is_labels
+            np.testing.assert_array_equal(found.labels["bright"], labels[...].swapaxes(0, 1))
+    twice = ci.Source(np.zeros((1, 1, 4, 4)), space=ci.Space.of(4, ("t", "time", "y", "x")))
+    with pytest.raises(ValueError, match=r"has axes t, time, y, x; .*at most one of time"):
+        ci.write_ome_zarr(twice, tmp_path / "b.ome.zarr", progress=False)
+
+
+def test_samples_that_lie_first_are_named_only(tmp_path: Path) -> None:
+    source = ci.Source(np.zeros((2, 8, 8), "u1"), cell_shape=4, space=ci.Space.of(3, "syx"))
+    ci.write_ome_zarr(source, tmp_path / "a.ome.zarr", progress=False)
+    with ci.open_image(tmp_path / "a.ome.zarr") as found:
+        assert found.axes == ("c", "y", "x")
+        assert found.channels == ()
+        assert found.chunks == ((2,), (4, 4), (4, 4))
+
+
+def test_a_picture_of_16_bits_stays_as_it_is(tmp_path: Path) -> None:
+    ci.write_ome_zarr(stack(3, "yxs"), tmp_path / "a.ome.zarr", progress=False)
+    with ci.open_image(tmp_path / "a.ome.zarr") as found:
+        assert [channel.contrast for channel in found.channels] == [(0, 65535)] * 3

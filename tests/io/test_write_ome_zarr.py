@@ -509,10 +509,10 @@ def _above(block: NDArray[Any], value: int) -> NDArray[np.bool_]:
         (np.zeros(5), {}, ValueError, "has axes x; OME-Zarr has two to five"),
         (np.zeros((2,) * 6), {}, ValueError, "two to five"),
         (
-            ci.Input(np.zeros((2, 3, 4)), space=ci.Space.of(3, "ycx")),
+            ci.Input(np.zeros((2, 3, 4)), space=ci.Space.of(3, "tcx")),
             {},
             ValueError,
-            "axes y, c, x; .* t before c",
+            "axes t, c, x; .* two or three in space",
         ),
         (
             [VOLUME, VOLUME[::2].astype("f4")],

@@ -90,7 +90,7 @@ def mask_of(shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 @pytest.mark.parametrize("consecutive", [False, True])
 def test_ids_do_not_depend_on_the_scheduler(client: Any, consecutive: bool) -> None:
-    mask = mask_of((40, 50))
+    mask = mask_of((28, 35))
     settings: dict[str, Any] = {"cell_shape": 4, "consecutive": consecutive}
     expected = ci.label(mask, cache=ci.CellCache(1 << 26), **settings)[...]
     assert same_objects(expected, ndimage.label(mask)[0])

@@ -56,6 +56,22 @@ def numbers(queue: ci.BlockQueue | None, count: int = 4, function: Any = None) -
     return ci.fill_cells(function or number, grid, dtype=int, queue=queue)
 
 
+@pytest.fixture(scope="module")
+def shared_workers(backend: str, nothing_left: Any) -> Iterator[ci.BlockQueue | None]:
+    """Processes for all tests that do them no harm, as each takes half a second to start."""
+    if backend != "processes":
+        yield None
+        return
+    with nothing_left(), ci.BlockQueue(2, backend=backend) as queue:
+        yield queue
+
+
+@pytest.fixture
+def queue(shared_workers: ci.BlockQueue | None, make_queue: Make) -> ci.BlockQueue:
+    """A queue that is not to be closed."""
+    return make_queue() if shared_workers is None else shared_workers
+
+
 def stop_worker_processes(queue: ci.BlockQueue, client: Any, until: Any) -> None:
     """Kill all workers; the cluster's are there again afterwards."""
     if queue.blocks is not None:
@@ -462,9 +478,9 @@ def dask_input(queue: Any, rng: Any, folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_results_are_those_of_the_whole(
-    make_queue: Make, in_time: Any, tmp_path: Path, rng: np.random.Generator, name: str
+    queue: ci.BlockQueue, in_time: Any, tmp_path: Path, rng: np.random.Generator, name: str
 ) -> None:
-    build, expected = CASES[name](make_queue(), rng, tmp_path)
+    build, expected = CASES[name](queue, rng, tmp_path)
 
     def check(got: Any, wanted: Any) -> None:
         assert got.dtype == wanted.dtype.newbyteorder("=")
@@ -493,15 +509,13 @@ def test_one_worker_is_enough_for_images_that_rest_on_images(
         np.testing.assert_array_equal(in_time(lambda: build()[...]), expected)  # noqa: B023
 
 
-def test_more_cells_than_are_asked_for_at_a_time(make_queue: Make, in_time: Any) -> None:
-    image = ci.map_cells(
-        lambda a: a + 1, np.arange(3000), dtype=int, cell_shape=1, queue=make_queue()
-    )
+def test_more_cells_than_are_asked_for_at_a_time(queue: ci.BlockQueue, in_time: Any) -> None:
+    image = ci.map_cells(lambda a: a + 1, np.arange(3000), dtype=int, cell_shape=1, queue=queue)
     np.testing.assert_array_equal(in_time(lambda: image[...]), np.arange(3000) + 1)
 
 
-def test_a_cell_is_computed_once_and_then_held(make_queue: Make, log: Any) -> None:
-    image = numbers(make_queue(), 4, log.fill)
+def test_a_cell_is_computed_once_and_then_held(queue: ci.BlockQueue, log: Any) -> None:
+    image = numbers(queue, 4, log.fill)
     for _ in range(2):
         np.testing.assert_array_equal(image[...], range(4))
     assert sorted(log.first_words()) == ["0", "1", "2", "3"]
@@ -510,16 +524,18 @@ def test_a_cell_is_computed_once_and_then_held(make_queue: Make, log: Any) -> No
     assert sorted(log.first_words()) == ["0", "1", "1", "2", "3"]
 
 
-def test_prefetched_cells_are_not_computed_again(make_queue: Make, log: Any, in_time: Any) -> None:
-    image = numbers(make_queue(), 4, log.fill)
+def test_prefetched_cells_are_not_computed_again(
+    queue: ci.BlockQueue, log: Any, in_time: Any
+) -> None:
+    image = numbers(queue, 4, log.fill)
     assert image.prefetch().result(PATIENCE_S) is None
     np.testing.assert_array_equal(in_time(lambda: image[...]), range(4))
     assert sorted(log.first_words()) == ["0", "1", "2", "3"]
 
 
-def test_blocks_run_elsewhere(make_queue: Make, backend: str, log: Any) -> None:
+def test_blocks_run_elsewhere(queue: ci.BlockQueue, backend: str, log: Any) -> None:
     add = log.add
-    numbers(make_queue(), 4, lambda block: add("block"))[...]
+    numbers(queue, 4, lambda block: add("block"))[...]
     here = os.getpid()
     assert (set(log.by_process()) == {here}) == (backend == "threads")
     assert (here, threading.get_native_id()) not in log.by_worker()
@@ -528,12 +544,11 @@ def test_blocks_run_elsewhere(make_queue: Make, backend: str, log: Any) -> None:
 # ---------------------------------------------------------------------------- same errors
 
 
-def test_an_exception_names_function_and_cell(make_queue: Make, in_time: Any) -> None:
+def test_an_exception_names_function_and_cell(queue: ci.BlockQueue, in_time: Any) -> None:
     def no_model(block: ci.Block) -> None:
         if block.index == 2:
             raise LookupError("no model")
 
-    queue = make_queue()
     image = ci.fill_cells(no_model, ci.CellGrid((6, 4), (3, 2)), dtype=int, queue=queue)
     with pytest.raises(
         ci.BlockError, match=r"no_model at cell \(1, 0\) \[3:6, 0:2\].*no model"
@@ -549,7 +564,7 @@ def test_an_exception_names_function_and_cell(make_queue: Make, in_time: Any) ->
     np.testing.assert_array_equal(in_time(lambda: image[:3]), 0)
 
 
-def test_an_exception_of_the_users_own_class(make_queue: Make, in_time: Any) -> None:
+def test_an_exception_of_the_users_own_class(queue: ci.BlockQueue, in_time: Any) -> None:
     class OutOfFocusError(Exception):
         def __init__(self, depth: int, *, unit: str) -> None:
             super().__init__(f"{depth} {unit}")
@@ -557,7 +572,7 @@ def test_an_exception_of_the_users_own_class(make_queue: Make, in_time: Any) -> 
     def fail(array: Any) -> Any:
         raise OutOfFocusError(3, unit="um")
 
-    image = ci.map_cells(fail, np.zeros(2), dtype=float, queue=make_queue())
+    image = ci.map_cells(fail, np.zeros(2), dtype=float, queue=queue)
     with pytest.raises(ci.BlockError, match="OutOfFocusError: 3 um") as got:
         in_time(lambda: image[...])
     # Its arguments do not make it anew, so elsewhere its text may stand for it.
@@ -575,9 +590,8 @@ def test_an_exception_of_the_users_own_class(make_queue: Make, in_time: Any) -> 
     ids=["shape", "dtype", "nothing", "masked"],
 )
 def test_a_result_that_does_not_fit(
-    make_queue: Make, in_time: Any, result: Any, message: str
+    queue: ci.BlockQueue, in_time: Any, result: Any, message: str
 ) -> None:
-    queue = make_queue()
     image = ci.map_cells(lambda a: result, np.zeros(4), dtype=float, cell_shape=2, queue=queue)
     with pytest.raises(ci.ResultError, match=message) as got:
         in_time(lambda: image[2:])
@@ -585,18 +599,18 @@ def test_a_result_that_does_not_fit(
     assert image.peek(1) is None
 
 
-def test_inputs_are_read_only(make_queue: Make, in_time: Any) -> None:
+def test_inputs_are_read_only(queue: ci.BlockQueue, in_time: Any) -> None:
     def spoil(array: Any) -> Any:
         array[0] = 1
         return array
 
-    image = ci.map_cells(spoil, np.zeros(4), dtype=float, cell_shape=2, queue=make_queue())
+    image = ci.map_cells(spoil, np.zeros(4), dtype=float, cell_shape=2, queue=queue)
     with pytest.raises(ci.BlockError, match="read-only"):
         in_time(lambda: image[...])
 
 
 def test_after_an_error_the_next_read_tries_again(
-    make_queue: Make, in_time: Any, tmp_path: Path
+    queue: ci.BlockQueue, in_time: Any, tmp_path: Path
 ) -> None:
     flag = str(tmp_path / "broken")
 
@@ -605,7 +619,7 @@ def test_after_an_error_the_next_read_tries_again(
             raise OSError("the disk is full")
         block.data[...] = block.index
 
-    image = numbers(make_queue(), 4, fill)
+    image = numbers(queue, 4, fill)
     Path(flag).touch()
     for _ in range(2):
         with pytest.raises(ci.BlockError, match="the disk is full"):
@@ -618,13 +632,12 @@ def test_after_an_error_the_next_read_tries_again(
     np.testing.assert_array_equal(in_time(lambda: image[...]), range(4))
 
 
-def test_an_error_upstream_names_the_cell_upstream(make_queue: Make, in_time: Any) -> None:
+def test_an_error_upstream_names_the_cell_upstream(queue: ci.BlockQueue, in_time: Any) -> None:
     def fail_second(array: Any) -> Any:
         if array[0] == 2:
             raise ValueError("bad plane")
         return array
 
-    queue = make_queue()
     lower = ci.map_cells(fail_second, np.arange(6), dtype=int, cell_shape=2, queue=queue)
     upper = ci.map_cells(lambda a: a, lower, dtype=int, cell_shape=3, queue=queue)
     with pytest.raises(ci.BlockError, match="bad plane") as got:
@@ -634,12 +647,11 @@ def test_an_error_upstream_names_the_cell_upstream(make_queue: Make, in_time: An
 
 
 def test_an_error_of_a_nested_read_names_the_cell_that_failed(
-    make_queue: Make, in_time: Any
+    queue: ci.BlockQueue, in_time: Any
 ) -> None:
     def fail(array: Any) -> Any:
         raise ValueError("bad plane")
 
-    queue = make_queue()
     lower = ci.map_cells(fail, np.arange(6), dtype=int, cell_shape=2, queue=queue)
     upper = numbers(queue, 2, lambda block: lower[4:6])
     with pytest.raises(ci.BlockError, match="bad plane") as got:
@@ -648,11 +660,10 @@ def test_an_error_of_a_nested_read_names_the_cell_that_failed(
     assert got.value.position == (2,)
 
 
-def test_sys_exit_in_a_block_is_an_error_of_the_block(make_queue: Make, in_time: Any) -> None:
+def test_sys_exit_in_a_block_is_an_error_of_the_block(queue: ci.BlockQueue, in_time: Any) -> None:
     def leave(array: Any) -> Any:
         raise SystemExit("enough")
 
-    queue = make_queue()
     image = ci.map_cells(leave, np.zeros(2), dtype=float, queue=queue)
     with pytest.raises(ci.BlockError, match="enough") as got:
         in_time(lambda: image[...])
@@ -663,7 +674,7 @@ def test_sys_exit_in_a_block_is_an_error_of_the_block(make_queue: Make, in_time:
 
 @ON_CRASH
 @pytest.mark.parametrize("what", ["function", "params"])
-def test_what_cannot_be_sent_is_said(make_queue: Make, in_time: Any, what: str) -> None:
+def test_what_cannot_be_sent_is_said(queue: ci.BlockQueue, in_time: Any, what: str) -> None:
     lock = threading.Lock()
 
     def locked(array: Any, lock: Any = None) -> Any:
@@ -673,7 +684,6 @@ def test_what_cannot_be_sent_is_said(make_queue: Make, in_time: Any, what: str) 
         with lock:
             return array
 
-    queue = make_queue()
     image = ci.map_cells(
         closed_over if what == "function" else locked,
         np.zeros(2),
@@ -698,9 +708,8 @@ def only_here(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @ON_CRASH
 def test_what_cannot_be_imported_there_is_said(
-    make_queue: Make, in_time: Any, only_here: Any
+    queue: ci.BlockQueue, in_time: Any, only_here: Any
 ) -> None:
-    queue = make_queue()
     image = ci.map_cells(only_here.known_here, np.zeros(2), dtype=float, queue=queue)
     with pytest.raises(ci.CellimgError, match=r"known_here.*No module named"):
         in_time(lambda: image[...])
@@ -787,8 +796,7 @@ def test_two_queues_keep_their_names_apart(make_queue: Make, in_time: Any) -> No
         np.testing.assert_array_equal(in_time(lambda: filled[...]), factor * np.arange(4))  # noqa: B023
 
 
-def test_outside_a_block_there_is_no_worker(make_queue: Make) -> None:
-    make_queue()
+def test_outside_a_block_there_is_no_worker(queue: ci.BlockQueue) -> None:
     with pytest.raises(RuntimeError, match="no BlockQueue runs this"):
         ci.get_worker()
 
@@ -1352,8 +1360,8 @@ def test_nothing_is_left_however_often(
     # Threads of the test that have set their result end by themselves.
     until(lambda: not [t for t in threading.enumerate() if t.name == "test"])
     before = footprint()
-    # What is left behind once shows; processes take a second each time.
-    for _ in range(2 if backend == "processes" else 5):
+    # What is left behind once shows; only threads are cheap.
+    for _ in range(5 if backend == "threads" else 1):
         once()
     until(lambda: not [t for t in threading.enumerate() if t.name == "test"])
     after = footprint()

@@ -282,6 +282,20 @@ def test_one_channel_at_a_time() -> None:
                 v.show("cells", channel=number, visible=True)
 
 
+def test_planes_are_shown_in_one_panel() -> None:
+    moving = ci.Source(np.zeros((3, 2, 8, 9), "u1"), space=ci.Space.of(4, "tcyx"))
+    for layers, layout in (
+        ({"plane": np.zeros((8, 9))}, "xy"),
+        ({"film": moving}, "xy"),
+        ({"volume": np.zeros((3, 8, 9)), "plane": np.zeros((8, 9))}, "4panel"),
+        ({}, "4panel"),
+    ):
+        with view(layers) as v:
+            assert v.viewer.state.layout.type == layout
+    with view({"plane": np.zeros((8, 9))}, layout="4panel") as v:
+        assert v.viewer.state.layout.type == "4panel"
+
+
 def test_names_of_channels_are_told_apart() -> None:
     with view({"cells": cells(channels=["a", "a", "b"])}) as v:
         assert v.names_in_viewer("cells") == ["cells a 0", "cells a 1", "cells b"]
