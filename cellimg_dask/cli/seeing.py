@@ -206,9 +206,14 @@ def _opened(given: str, stack: ExitStack) -> Iterator[tuple[str, Any, bool]]:
         image = stack.enter_context(ci.open_image(path))
     except (OSError, ValueError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    yield name or _stem(path), image, False
+    name = name or _stem(path)
+    yield name, image, False
+    axis = image.space.channel_axis
+    numbers = range(0 if axis is None else image.shape[axis])
+    # Channels are layers of the viewer as well, called by their labels or numbers.
+    channels = {*map(str, numbers), *(channel.label.strip() for channel in image.channels)}
     for label, stored in image.labels.items():
-        yield f"{name or _stem(path)} {label}", stored, True
+        yield f"{name} labels {label}" if label in channels else f"{name} {label}", stored, True
 
 
 def _stem(path: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,18 @@ from cellimg_dask.geometry import Space
 from cellimg_dask.io.colors import COLORS
 from cellimg_dask.io.looks import checked_color, checked_contrast
 
-__all__ = ["SAMPLES", "Channel", "channel_of_omero", "channels_of", "omero_of", "picture_channels"]
+__all__ = [
+    "SAMPLES",
+    "Channel",
+    "channel_of_omero",
+    "channels_of",
+    "channels_of_mode",
+    "contrast_of",
+    "light_of",
+    "omero_of",
+    "picture_channels",
+    "without_whole_ranges",
+]
 
 SAMPLES = "s"
 """What an axis of red, green and blue is called, as TIFF does."""
@@ -25,6 +35,15 @@ _MOST = 16
 _TWO = ("#ff00ff", "#00ff00")
 _MORE = ("#00ffff", "#ffff00", "#ff00ff", "#ff0000", "#00ff00", "#0000ff")
 _RGB = (("red", "#ff0000"), ("green", "#00ff00"), ("blue", "#0000ff"))
+
+
+_WHOLE = [
+    (float(np.iinfo(f"{kind}{size}").min), float(np.iinfo(f"{kind}{size}").max))
+    for kind in "iu"
+    for size in (2, 4, 8)
+]
+"""What is written where nobody has chosen a range. An image of more than 8 bits that fills all of
+them is rare, and any other would be seen dark."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +124,10 @@ def channels_of(
         given = [""] * number
     if axis is None or not given:
         return ()
-    last = picture_channels(space, shape, dtype) or _one_by_one(number)
     if len(said) != number:
         said = [Channel()] * number
+    known = {_digits(own.color) for own in (*given, *said) if isinstance(own, Channel)}
+    last = picture_channels(space, shape, dtype) or _one_by_one(number, known)
     base = otherwise or Channel()
     found = []
     for own, told, default in zip(given, said, last, strict=True):
@@ -165,14 +185,49 @@ def picture_channels(
     return (*rgb, Channel("alpha", None, white, visible=False))[: shape[axis]]
 
 
+def channels_of_mode(mode: str, dtype: np.dtype[Any]) -> tuple[Channel, ...]:
+    """Return how the samples of a picture look, if they are not red, green and blue.
+
+    Parameters
+    ----------
+    mode : str
+        ``"LA"`` for brightness and how much is covered, ``"CMYK"`` for inks; of others nothing is
+        said.
+    dtype
+        Of the picture.
+    """
+    if mode == "LA":
+        return Channel("grey", "white"), Channel("alpha", "white", visible=False)
+    if mode == "CMYK":
+        # Ink takes light away: cyan the red.
+        low, high = _range_of(dtype)
+        light = [color for _, color in _RGB]
+        inks = zip(("cyan", "magenta", "yellow"), light, strict=True)
+        coloured = (Channel(label, color, (high, low)) for label, color in inks)
+        return (*coloured, Channel("black", "white", (high, low), visible=False))
+    return ()
+
+
 def _range_of(dtype: np.dtype[Any]) -> tuple[float, float]:
     return (0.0, float(np.iinfo(dtype).max)) if dtype.kind in "iu" else (0.0, 1.0)
 
 
-def _one_by_one(number: int) -> tuple[Channel, ...]:
-    """Return how channels look of which nothing is known: a single one in grey."""
-    palette = {1: (None,), 2: _TWO}.get(number, _MORE)
+def _one_by_one(number: int, known: Collection[str]) -> tuple[Channel, ...]:
+    """Return how channels look of which nothing is known: a single one in grey.
+
+    Colours that are known of others are taken last.
+    """
+    if number == 1:
+        return (Channel(),)
+    own = _TWO if number == 2 else _MORE
+    palette = [color for color in own if color[1:] not in known] or own
     return tuple(Channel(color=palette[index % len(palette)]) for index in range(number))
+
+
+def _digits(color: Any) -> str:
+    """Return a colour, which may be a name, in six digits; white where there is none."""
+    text = str(color or "white")
+    return COLORS.get(text, text.lstrip("#"))
 
 
 # ------------------------------------------------------------------ metadata
@@ -183,18 +238,37 @@ def channel_of_omero(said: Mapping[str, Any]) -> Channel:
     label, color, active = said.get("label"), said.get("color"), said.get("active")
     window = said.get("window")
     ends = [window.get(end) for end in ("start", "end")] if isinstance(window, Mapping) else []
-    finite = [end for end in ends if isinstance(end, (int, float)) and math.isfinite(end)]
-    contrast = None
-    if len(finite) == 2 and finite[0] != finite[1]:
-        low, high = finite
-        contrast = (high, low) if said.get("inverted") is True else (low, high)
-    is_color = isinstance(color, str) and re.fullmatch("#?[0-9a-fA-F]{6}", color)
+    contrast = contrast_of(ends[::-1] if said.get("inverted") is True else ends)
     return Channel(
         label if isinstance(label, str) else "",
-        f"#{str(color).lstrip('#')}" if is_color else None,
+        light_of(color.lstrip("#")) if isinstance(color, str) else None,
         contrast,
         active is not False,
     )
+
+
+def without_whole_ranges(channels: tuple[Channel, ...]) -> tuple[Channel, ...]:
+    """Return channels without ranges that nobody has chosen; a picture keeps its own."""
+    if [channel.label for channel in channels[:3]] == [label for label, _ in _RGB]:
+        return channels
+    return tuple(
+        replace(channel, contrast=None) if channel.contrast in _WHOLE else channel
+        for channel in channels
+    )
+
+
+def light_of(digits: str) -> str | None:
+    """Return a colour that a file says in six digits; None for black, in which nothing is seen."""
+    is_light = re.fullmatch("[0-9a-fA-F]{6}", digits) and int(digits, 16)
+    return f"#{digits}" if is_light else None
+
+
+def contrast_of(said: Sequence[Any]) -> tuple[float, float] | None:
+    """Return a range of values that a file says; None where it makes no sense."""
+    try:
+        return checked_contrast(said)
+    except (TypeError, ValueError):
+        return None
 
 
 def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any] | None:
@@ -208,7 +282,6 @@ def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any
         return None
     entries = []
     for number, channel in enumerate(channels):
-        color = str(channel.color or "white")
         whole = _range_of(dtype)
         if dtype.kind == "i":
             whole = (float(np.iinfo(dtype).min), whole[1])
@@ -218,7 +291,7 @@ def omero_of(channels: Sequence[Channel], dtype: np.dtype[Any]) -> dict[str, Any
         entries.append(
             {
                 "label": channel.label or str(number),
-                "color": COLORS.get(color, color.lstrip("#")).upper(),
+                "color": _digits(channel.color).upper(),
                 "active": channel.visible,
                 "inverted": given[0] > given[1],
                 "window": {"start": start, "end": end, "min": low, "max": high},

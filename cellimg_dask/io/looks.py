@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -24,9 +25,14 @@ def checked_contrast(value: Any) -> tuple[float, float] | None:
     for number in (low, high):
         if not isinstance(number, (Real, np.number)) or isinstance(number, bool):
             raise TypeError(f"contrast must be two numbers, (low, high), got {value!r}")
-    if not (np.isfinite(low) and np.isfinite(high)) or low == high:
+    try:
+        # Large integers may be the same only as floats, or too large for one.
+        low, high = float(low), float(high)
+    except OverflowError:
+        low = high = math.inf
+    if not (math.isfinite(low) and math.isfinite(high)) or low == high:
         raise ValueError(f"contrast must be two different, finite numbers, got {value!r}")
-    return float(low), float(high)
+    return low, high
 
 
 def checked_color(value: Any) -> str | None:

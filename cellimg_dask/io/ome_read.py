@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cellimg_dask.geometry import Space
-from cellimg_dask.io.channels import Channel, channel_of_omero
+from cellimg_dask.io.channels import Channel, channel_of_omero, without_whole_ranges
 from cellimg_dask.io.spaces import tolerant_space
 
 __all__ = [
@@ -99,10 +99,16 @@ def multiscale_of(attributes: Mapping[str, Any]) -> Multiscale | None:
 
 
 def channels_in(attributes: Mapping[str, Any]) -> tuple[Channel, ...]:
-    """Return what is said of the channels."""
+    """Return what is said of each channel; none where nothing is said that makes sense."""
     omero = ome_part(attributes).get("omero")
-    said = _mappings(omero.get("channels")) if isinstance(omero, Mapping) else ()
-    return tuple(map(channel_of_omero, said))
+    said = omero.get("channels") if isinstance(omero, Mapping) else None
+    # What is no description keeps its place, so that the others keep theirs.
+    found = tuple(
+        channel_of_omero(item if isinstance(item, Mapping) else {})
+        for item in (said if isinstance(said, (list, tuple)) else ())
+    )
+    found = without_whole_ranges(found)
+    return found if any(channel != Channel() for channel in found) else ()
 
 
 def label_names(attributes: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from cellimg_dask.geometry import Space
+from cellimg_dask.io.channels import channels_of_mode
 from cellimg_dask.io.location import Location, UnreadableError
 from cellimg_dask.io.opened import Found, ListedArray
 from cellimg_dask.io.optional import optional
@@ -183,6 +184,7 @@ def find_picture(location: Location, name: str | None, kind: str) -> Found:
         [""],
         lambda level: array,
         lambda found, level: Space.of(len(axes), axes),
+        channels=channels_of_mode(_mode(array, kind), array.dtype),
     )
 
 
@@ -207,6 +209,13 @@ def list_picture(location: Location, kind: str) -> list[ListedArray]:
 
 def _picture_axes(array: PictureArray) -> tuple[str, ...]:
     return ("y", "x") if len(array.shape) == 2 else ("y", "x", "s")
+
+
+def _mode(array: PictureArray, kind: str) -> str:
+    """Return what its samples are, if they are not red, green and blue."""
+    samples = array.shape[2] if len(array.shape) == 3 else 1
+    # What JPEG has beside colours is no opacity.
+    return "LA" if samples == 2 else "CMYK" if samples == 4 and kind == "JPEG" else ""
 
 
 def _no_name(location: Location, name: str | None, kind: str) -> None:

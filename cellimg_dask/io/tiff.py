@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cellimg_dask.blocks.plan import Box
 from cellimg_dask.geometry import Space
-from cellimg_dask.io.channels import Channel
+from cellimg_dask.io.channels import Channel, channels_of_mode
 from cellimg_dask.io.location import Location
 from cellimg_dask.io.opened import Found, ListedArray, choose
 from cellimg_dask.io.optional import optional
@@ -30,6 +30,8 @@ __all__ = ["TiffArray", "find_tiff", "list_tiff"]
 
 _UNKNOWN_AXES = "iq"
 _UNCOMPRESSED = 1
+_BLACK_IS_ZERO = 1
+_INKS = 5
 _LARGEST_PAGE_BYTES = 32 << 20
 _STRIPS_BYTES = 4 << 20
 _OWN_UUID = re.compile(r"""<(?:\w+:)?OME\s[^>]*?\bUUID=["']([^"']+)""")
@@ -296,9 +298,21 @@ def _attributes(file: Any, series: Any) -> Mapping[str, Any]:
 
 
 def _channels(file: Any, number: int) -> Sequence[Channel]:
-    if file.series[number].kind == "ome" and file.ome_metadata:
+    series = file.series[number]
+    if "C" not in series.axes and "S" in series.axes:
+        return channels_of_mode(_mode(series.keyframe), np.dtype(series.dtype))
+    if series.kind == "ome" and file.ome_metadata:
         return ome_channels(file.ome_metadata, number)
     return imagej_channels(file) if file.is_imagej else ()
+
+
+def _mode(page: Any) -> str:
+    """Return what the samples of a page are, if they are not red, green and blue."""
+    what, number = int(page.photometric), page.samplesperpixel
+    more = [int(sample) for sample in page.extrasamples]
+    if what == _BLACK_IS_ZERO and number == 2 and more in ([1], [2]):
+        return "LA"
+    return "CMYK" if what == _INKS and number == 4 and not more else ""
 
 
 def _space(found: Found, level: int, file: Any, number: int) -> Space:

@@ -5,27 +5,39 @@ Sources: the OME data model of 2016, and ImageJ's own tags of TIFF as tifffile g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
-from cellimg_dask.io.channels import Channel
-from cellimg_dask.io.optional import optional
+from cellimg_dask.io.channels import Channel, contrast_of, light_of
 
 __all__ = ["imagej_channels", "imagej_sizes", "ome_channels", "ome_sizes"]
 
 
-def _pixels(xml: str, number: int) -> Mapping[str, Any]:
+def _parts(parent: ElementTree.Element, tag: str) -> list[ElementTree.Element]:
+    # Whatever the version is that the name begins with.
+    return [part for part in parent if part.tag.rpartition("}")[2] == tag]
+
+
+def _pixels(xml: str, number: int) -> ElementTree.Element:
     """Return what OME-XML says of the voxels of an image."""
-    tifffile = optional("tifffile", "reading OME-TIFF")
     try:
-        images = tifffile.xml2dict(xml)["OME"]["Image"]
-        pixels = (images if isinstance(images, list) else [images])[number]["Pixels"]
-    except Exception:
+        return _parts(_parts(ElementTree.fromstring(xml), "Image")[number], "Pixels")[0]
+    except (ElementTree.ParseError, IndexError, ValueError):
         # tifffile has shown that it can do without; then nothing is said.
-        return {}
-    return pixels if isinstance(pixels, Mapping) else {}
+        return ElementTree.Element("Pixels")
+
+
+def _length(said: str | None) -> float | None:
+    """Return a size that is said, if it makes sense."""
+    try:
+        size = float(said or "")
+    except ValueError:
+        return None
+    return size if size > 0 and math.isfinite(size) else None
 
 
 def ome_sizes(xml: str, number: int) -> dict[str, tuple[float, str | None]]:
@@ -33,33 +45,35 @@ def ome_sizes(xml: str, number: int) -> dict[str, tuple[float, str | None]]:
     pixels = _pixels(xml, number)
     found: dict[str, tuple[float, str | None]] = {}
     for letter in "xyz":
-        size = pixels.get(f"PhysicalSize{letter.upper()}")
-        if isinstance(size, (int, float)) and size > 0:
-            unit = pixels.get(f"PhysicalSize{letter.upper()}Unit", "µm")
-            if unit not in ("pixel", "reference frame"):
-                found[letter] = float(size), str(unit)
-    step = pixels.get("TimeIncrement")
-    if isinstance(step, (int, float)) and step > 0:
-        found["t"] = float(step), str(pixels.get("TimeIncrementUnit", "s"))
+        size = _length(pixels.get(f"PhysicalSize{letter.upper()}"))
+        unit = pixels.get(f"PhysicalSize{letter.upper()}Unit", "µm")
+        if size is not None and unit not in ("pixel", "reference frame"):
+            found[letter] = size, unit
+    step = _length(pixels.get("TimeIncrement"))
+    if step is not None:
+        found["t"] = step, pixels.get("TimeIncrementUnit", "s")
     return found
 
 
 def ome_channels(xml: str, number: int) -> tuple[Channel, ...]:
     """Return label and colour of each channel; none where nothing is said."""
-    channels = _pixels(xml, number).get("Channel", ())
-    found = []
-    for each in channels if isinstance(channels, (list, tuple)) else [channels]:
-        said = each if isinstance(each, Mapping) else {}
-        color = said.get("Color", -1)
-        # Red, green, blue, opacity in a signed number; -1, white, where nobody has chosen.
-        is_color = isinstance(color, int) and color != -1
-        found.append(
-            Channel(
-                str(said.get("Name", "")),
-                f"#{(color & 0xFFFFFFFF) >> 8:06x}" if is_color else None,
-            )
-        )
-    return tuple(found) if any(channel != Channel() for channel in found) else ()
+    channels = _parts(_pixels(xml, number), "Channel")
+    colors = [_ome_color(each.get("Color")) for each in channels]
+    if set(colors) <= {None, "#ffffff"}:
+        # White stands there as well where nobody has chosen.
+        colors = [None] * len(channels)
+    found = tuple(
+        Channel(each.get("Name", ""), color) for each, color in zip(channels, colors, strict=True)
+    )
+    return found if any(channel != Channel() for channel in found) else ()
+
+
+def _ome_color(said: str | None) -> str | None:
+    """Return a colour: red, green, blue, opacity in a signed number."""
+    try:
+        return light_of(f"{(int(said or '') & 0xFFFFFFFF) >> 8:06x}")
+    except ValueError:
+        return None
 
 
 def imagej_sizes(file: Any) -> dict[str, tuple[float, str | None]]:
@@ -88,20 +102,30 @@ def imagej_sizes(file: Any) -> dict[str, tuple[float, str | None]]:
 def imagej_channels(file: Any) -> tuple[Channel, ...]:
     """Return colour and contrast of each channel; none where nothing is said."""
     said = file.imagej_metadata or {}
-    try:
-        number = int(said.get("channels", 1))
-        # Of each channel the colours of 256 steps; and the lowest and the highest value.
-        tables = [np.asarray(table) for table in said.get("LUTs", ())]
-        ranges = np.asarray(said.get("Ranges", ()), float).reshape(-1, 2)
-        colors = [f"#{bytes(table[:3, -1].astype(np.uint8)).hex()}" for table in tables]
-        return tuple(
-            Channel(
-                "",
-                colors[index] if len(colors) == number else None,
-                ranges[index].tolist() if len(ranges) == number else None,
-            )
-            for index in range(number if number in (len(colors), len(ranges)) else 0)
-        )
-    except (IndexError, TypeError, ValueError):
+    number = said.get("channels", 1)
+    if not isinstance(number, int):
         # Written by somebody else than ImageJ.
         return ()
+    parts = (said.get("LUTs"), said.get("Ranges"))
+    tables, ends = (part if isinstance(part, Sequence) else () for part in parts)
+    lights = [_light(table) for table in tables] if len(tables) == number else [(None, 1)] * number
+    pairs = [ends[at : at + 2] for at in range(0, len(ends), 2)]
+    if len(pairs) != number:
+        pairs = [()] * number
+    found = tuple(
+        Channel("", color, contrast_of(pair[::step]))
+        for (color, step), pair in zip(lights, pairs, strict=True)
+    )
+    return found if any(channel != Channel() for channel in found) else ()
+
+
+def _light(table: Any) -> tuple[str | None, int]:
+    """Return the colour that a table of 256 ends with, or begins with where it is inverted.
+
+    And in which order the lowest and the highest value are then to be taken.
+    """
+    table = np.asarray(table)
+    if table.ndim != 2 or len(table) < 3 or not table.size:
+        return None, 1
+    first, last = (light_of(table[:3, end].astype(np.uint8).tobytes().hex()) for end in (0, -1))
+    return (first, -1) if last is None else (last, 1)

@@ -143,8 +143,8 @@ def write_ome_zarr(
         As in `pyramid`, for ``img``; default: ``"mode"`` for a `LabelImg`, else ``"mean"``.
     channels : sequence of Channel or str, optional
         Labels, colours and contrasts of the channels, or their labels. Default: what the file says
-        of which ``img`` was opened. Of an image of floats they are noted if all contrasts are
-        known.
+        of which ``img`` was opened; an empty sequence: what is noted already stays. Of an image
+        of floats they are noted if all contrasts are known.
     name : str, optional
         Of the image; default: that of the path without its endings.
     version : {"0.5", "0.4"}
@@ -284,7 +284,11 @@ class _Image:
         )
         is_labels = kind == "labels" or isinstance(_finest(value), LabelImg)
         first, said = images[0], _said(value)
-        if channels is None:
+        if is_labels and channels:
+            raise ValueError("channels are of images, and img is labels of objects; leave them out")
+        if is_labels:
+            channels = ()
+        elif channels is None:
             axis = first.space.channel_axis
             is_said = axis is not None and len(said) == first.shape[axis]
             channels = said if is_said else ()

@@ -40,7 +40,8 @@ class Landmarks:
     fixed, moving : str
         Names of two layers: the one that stays as it is, and the one that is to be warped.
     side_by_side : bool
-        Whether the layers are shown beside one another, each with panels of its own.
+        Whether the layers are shown beside one another, each with panels of its own. All other
+        layers stay with the fixed one.
 
     Notes
     -----
@@ -65,7 +66,7 @@ class Landmarks:
         self._lock = threading.RLock()
         self._layers = {side: f"landmarks of {name}" for side, name in self.names.items()}
         for name in self._layers.values():
-            if name in view.layers:
+            if any(name in view.names_in_viewer(each) for each in view.layers):
                 raise ValueError(f"layer {name!r} is called as that of the landmarks")
         self._closed = False
         self._begin(side_by_side)
@@ -242,11 +243,11 @@ class Landmarks:
                     layer = neuroglancer.LocalAnnotationLayer(dimensions=state.dimensions)
                     layer.annotation_color = _COLORS[side]
                     state.layers.append(name=name, layer=layer)
+                    self._view._scene.put_in_panels(state, [name])
             if side_by_side:
-                shown = {
-                    side: self._view.names_in_viewer(name) for side, name in self.names.items()
-                }
-                state.layout = _beside_one_another(shown, self._layers)
+                name = self.names["moving"]
+                moving = self._view._shown_of(name, self._view._layer(name))
+                state.layout = _beside_one_another(state, [*moving, self._layers["moving"]])
         self._handlers = {
             "fixed": lambda state: self._placed("fixed", state),
             "moving": lambda state: self._placed("moving", state),
@@ -389,15 +390,14 @@ def _action(side: str) -> str:
     return f"cellimg-landmark-{side}"
 
 
-def _beside_one_another(shown: Mapping[str, list[str]], layers: Mapping[str, str]) -> Any:
+def _beside_one_another(state: Any, names: Sequence[str]) -> Any:
+    """Return panels of some layers on the right, and of all others on the left."""
     import neuroglancer
 
-    groups = []
-    for side, names in shown.items():
-        group = neuroglancer.LayerGroupViewer(layers=[*names, layers[side]], layout="xy")
-        if side == "moving":
-            group.position.link = "unlinked"
-            group.cross_section_scale.link = "unlinked"
-            group.cross_section_orientation.link = "unlinked"
-        groups.append(group)
-    return neuroglancer.row_layout(groups)
+    others = [each.name for each in state.layers if each.name not in names]
+    left = neuroglancer.LayerGroupViewer(layers=others, layout="xy")
+    right = neuroglancer.LayerGroupViewer(layers=list(names), layout="xy")
+    right.position.link = "unlinked"
+    right.cross_section_scale.link = "unlinked"
+    right.cross_section_orientation.link = "unlinked"
+    return neuroglancer.row_layout([left, right])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cellimg_dask.geometry import as_int
 from cellimg_dask.server.layers import Layer
 from cellimg_dask.viewer.units import factor_of, voxels_at
 
@@ -29,6 +30,7 @@ class Looking:
     """The server of the layers' data."""
     _given: dict[str, Layer]
     _scene: Any
+    _work: bool
 
     def _check_open(self) -> None:
         raise NotImplementedError
@@ -163,6 +165,8 @@ class Looking:
         ------
         KeyError
             If there is no such layer, or no such channel.
+        TypeError, ValueError
+            If a value is wrong.
         """
         layer = self._layer(name)
         # Checked as those of a layer are.
@@ -171,8 +175,9 @@ class Looking:
             raise ValueError(f"layer {name!r} shows labels, which have no contrast")
         wanted = self.names_in_viewer(name, channel)
         with self.viewer.txn() as state:
-            for each in wanted:
-                managed = state.layers[each]
+            # Channels that were closed in the page are left out, if others are there.
+            for each in [each for each in wanted if each in state.layers] or wanted:
+                managed = self._managed(state, each)
                 if visible is not None:
                     managed.visible = bool(visible)
                 if layer.kind == "labels":
@@ -198,8 +203,8 @@ class Looking:
         names: list[str] = self._scene.names_of(name, self._layer(name))
         if channel is None:
             return names
-        number = self._number_of(name, channel)
-        if number >= len(names):
+        number, layer = self._number_of(name, channel), self._layer(name)
+        if layer.channel_axis is None or len(names) != layer.shape[layer.channel_axis]:
             raise KeyError(f"layer {name!r} shows one channel at a time; leave out channel")
         return [names[number]]
 
@@ -210,25 +215,31 @@ class Looking:
         layer = self._layer(name)
         labels = [each.label for each in layer.channels]
         if isinstance(channel, str) and channel in labels:
+            if labels.count(channel) > 1:
+                raise KeyError(
+                    f"layer {name!r} has {labels.count(channel)} channels called {channel!r}; "
+                    f"give the number of one, from 0"
+                )
             return labels.index(channel)
         count = 0 if layer.channel_axis is None else layer.shape[layer.channel_axis]
-        if channel not in range(count):
+        number = -1 if isinstance(channel, str) else as_int(channel, "channel")
+        if number not in range(count):
             there = [label for label in labels if label]
             known = f", called {', '.join(there)}" if there else ""
             raise KeyError(f"layer {name!r} has no channel {channel!r}: it has {count}{known}")
-        return int(channel)
+        return number
 
     def selected(self, name: str) -> list[int]:
         """Return the labels that are selected in a layer of labels, in ascending order."""
         self._labels(name)
-        return sorted(int(label) for label in self.viewer.state.layers[name].segments)
+        return sorted(int(label) for label in self._managed(self.viewer.state, name).segments)
 
     def select(self, name: str, labels: Iterable[int]) -> None:
         """Select labels, and no others; with none selected all are shown."""
         self._labels(name)
         wanted = [int(label) for label in labels]
         with self.viewer.txn() as state:
-            state.layers[name].segments = wanted
+            self._managed(state, name).segments = wanted
 
     def _first(self) -> str:
         self._check_open()
@@ -243,6 +254,19 @@ class Looking:
         except KeyError:
             there = ", ".join(map(repr, self._given)) or "none"
             raise KeyError(f"there is no layer {name!r}; there is {there}") from None
+
+    def _shown_of(self, name: str, layer: Layer) -> list[str]:
+        """Return what is called so in the viewer on account of a layer."""
+        work = [self._scene.work_name(name)] if self._work else []
+        return [*self._scene.names_of(name, layer), *work]
+
+    def _managed(self, state: Any, name: str) -> Any:
+        """Return a layer of neuroglancer's; whoever looks at the page may have closed it."""
+        if name not in state.layers:
+            raise KeyError(
+                f"{name!r} was closed in the viewer's page; remove the layer and add it again"
+            )
+        return state.layers[name]
 
     def _shown_layer(self, name: str) -> Layer:
         self._layer(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -34,6 +35,7 @@ __all__ = [
     "names_of",
     "normal_to_quaternion",
     "place_in",
+    "put_in_panels",
     "set_contrast",
     "source_url",
     "work_name",
@@ -66,6 +68,8 @@ def as_shown(layer: Layer, placed: Sequence[Space] = ()) -> Layer:
     """
     shown = copy.copy(layer)
     shown.images = tuple(_converted(image, layer.kind) for image in layer.images)
+    if layer.dtype.kind == "c":
+        shown.fill_value = _magnitude(np.asarray(layer.fill_value))[()]
     if layer.space.is_plain:
         upon = next(filter(None, (_part_for(layer.space, space) for space in placed)), None)
         if upon is not None:
@@ -144,6 +148,9 @@ def dimensions(spaces: Iterable[Space]) -> neuroglancer.CoordinateSpace:
     for space in spaces:
         named = space.named
         for name, unit, scale in zip(named.axes or (), named.units, named.scale, strict=True):
+            if name == "c":
+                # Of each layer's own.
+                continue
             factor, base = factor_of(unit)
             if units.setdefault(name, base) != base:
                 raise ValueError(
@@ -153,7 +160,7 @@ def dimensions(spaces: Iterable[Space]) -> neuroglancer.CoordinateSpace:
             steps[name] = min(steps.get(name, math.inf), scale * factor)
     names: list[str] = [name for name in ("x", "y", "z") if name in steps]
     # Without these names the last axis runs to the right, and the one before it down.
-    names += [name for name in reversed(steps) if name not in (*names, "t", "c")]
+    names += [name for name in reversed(steps) if name not in (*names, "t")]
     names += [name for name in ("t",) if name in steps]
     return neuroglancer.CoordinateSpace(
         names=names, scales=[steps[name] for name in names], units=[units[name] for name in names]
@@ -228,6 +235,7 @@ def append(
 ) -> None:
     """Put a layer above the others, and one that shows the work on it."""
     url = source_url(base, name)
+    added = [*names_of(name, shown), *([work_name(name)] if work else [])]
     if shown.kind == "labels":
         state.layers.append(name=name, layer=labels_layer(shown, url))
         state.layers[name].visible = shown.visible
@@ -239,17 +247,34 @@ def append(
     if work:
         url = source_url(f"{base}/@work", name)
         state.layers.append(name=work_name(name), layer=work_layer(url))
+    put_in_panels(state, added)
+
+
+def put_in_panels(state: neuroglancer.ViewerState, names: Sequence[str]) -> None:
+    """Have layers shown by the first of several groups of panels.
+
+    The page takes away what is in none of them.
+    """
+    layout = state.layout
+    while isinstance(layout, neuroglancer.StackLayout) and len(layout):
+        layout = layout[0]
+    if isinstance(layout, neuroglancer.LayerGroupViewer):
+        layout.layers.extend(name for name in names if name not in layout.layers)
 
 
 def names_of(name: str, layer: Layer) -> list[str]:
     """Return what a layer is called in the viewer: one name, or one for each channel."""
     if len(layer.channels) < 2:
         return [name]
-    labels = [channel.label for channel in layer.channels]
-    return [
-        f"{name} {label if label and labels.count(label) == 1 else f'{label} {number}'.strip()}"
-        for number, label in enumerate(labels)
-    ]
+    labels = [channel.label.strip() or str(number) for number, channel in enumerate(layer.channels)]
+    # Again where a label is called as another one has become: "a", "a" and "a 1".
+    while len(set(labels)) < len(labels):
+        times = Counter(labels)
+        labels = [
+            f"{label} {number}" if times[label] > 1 else label
+            for number, label in enumerate(labels)
+        ]
+    return [f"{name} {label}" for label in labels]
 
 
 def work_name(name: str) -> str:

@@ -364,6 +364,7 @@ class View(Looking):
         """
         name = self._name_of(layer)
         self._labels(name)
+        self._managed(self.viewer.state, name)
         surfaces = Surfaces(self._shown_layer(name), step_size)
         self._surfaces[name] = surfaces
         wanted = [int(label) for label in labels]
@@ -469,11 +470,6 @@ class View(Looking):
 
     # ------------------------------------------------------------------ beginning and end
 
-    def _shown_of(self, name: str, layer: Layer) -> list[str]:
-        """Return what is called so in the viewer on account of a layer."""
-        work = [self._scene.work_name(name)] if self._work else []
-        return [*self._scene.names_of(name, layer), *work]
-
     def _prepare(self, name: str, layer: Layer, placed: Sequence[Space]) -> None:
         taken = {
             shown: other
@@ -517,9 +513,10 @@ class View(Looking):
         if layer.kind != "image":
             return
         looks = layer.channels or (layer,)
-        for number, shown in enumerate(self._scene.names_of(name, layer)):
-            if looks[number].contrast is None:
-                self._unseen[shown] = (name, number)
+        with self._lock:
+            for number, shown in enumerate(self._scene.names_of(name, layer)):
+                if looks[number].contrast is None:
+                    self._unseen[shown] = (name, number)
         self._look()
 
     def _look_later(self) -> None:
@@ -538,12 +535,18 @@ class View(Looking):
             layer = self.server.layers.get(name)
             # Unless it was removed meanwhile.
             if layer is not None:
-                axis = layer.channel_axis
-                at = {} if axis is None or not layer.channels else {axis: number}
-                find_contrast(layer.images[-1], partial(self._set_contrast, shown), at)
+                axis, image = layer.channel_axis, layer.images[-1]
+                at = {}
+                if axis is not None and layer.channels:
+                    # A level may have put channels together.
+                    at[axis] = number * image.shape[axis] // layer.shape[axis]
+                find_contrast(image, partial(self._set_contrast, name, layer, shown), at)
 
-    def _set_contrast(self, shown: str, contrast: tuple[float, float]) -> None:
-        if not self._closed:
+    def _set_contrast(
+        self, name: str, layer: Layer, shown: str, contrast: tuple[float, float]
+    ) -> None:
+        # Another may be called so meanwhile.
+        if not self._closed and self.server.layers.get(name) is layer:
             self.viewer.retry_txn(
                 lambda state: self._scene.set_contrast(state, shown, contrast), lock=True
             )

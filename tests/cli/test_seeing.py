@@ -186,6 +186,18 @@ def test_a_spec_names_channels(run, folder):
         assert [level.shape for level in image.levels] == [(2, 6, 6), (2, 3, 3)]
 
 
+def test_channels_and_labels_of_the_same_name(folder):
+    stack = ci.Source(np.zeros((2, 6, 6), "u1"), space=ci.Space.of(3, "cyx"))
+    labels = dict.fromkeys(("nuclei", "1", "other"), np.ones((6, 6), "u1"))
+    ci.write_ome_zarr(
+        stack, "cells.ome.zarr", channels=["nuclei", "actin"], labels=labels, progress=False
+    )
+    with running("look", "view", "cells.ome.zarr", "--no-browser") as addresses:
+        for name in ("cells", "cells%20labels%20nuclei", "cells%20labels%201", "cells%20other"):
+            with urlopen(f"{addresses['data']}/{name}/zarr.json") as answer:
+                assert b"multiscales" in answer.read()
+
+
 def test_a_file_is_viewed(run, folder):
     with running("look", "view", "in.tif", "--no-browser") as addresses:
         address, _, hint = addresses["look"].partition("  ")

@@ -34,6 +34,14 @@ def test_colours_where_nothing_is_said() -> None:
     assert [channel.contrast for channel in layer.channels] == [(1, 2)] * 3
 
 
+def test_colours_that_are_given_are_not_taken_again() -> None:
+    assert colors(Layer(stack(2), channels=["a", Channel(color="magenta")]))[0] == "#00ff00"
+    assert colors(Layer(stack(2), channels=[Channel(color=(0, 1, 0)), "b"]))[1] == "#ff00ff"
+    given = [Channel(color="cyan"), "", "", "", "", Channel(color="#FFFF00")]
+    assert len({*colors(Layer(stack(6), channels=given))}) == 6
+    assert colors(Layer(stack(2), channels=[Channel(color="red")] * 2)) == ["red"] * 2
+
+
 @pytest.mark.parametrize(("dtype", "white"), [("u1", 255), ("u2", 65535), ("f4", 1)])
 def test_colours_of_pictures_are_those_of_the_picture(dtype: str, white: float) -> None:
     layer = Layer(stack(4, "yxs", dtype))
@@ -91,8 +99,9 @@ def test_channels_of_what_has_none() -> None:
         Channel(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="color"):
         Channel(color="rot")
-    with pytest.raises(ValueError, match="contrast"):
-        Channel(contrast=(1, 1))
+    for contrast in ((1, 1), (2**60, 2**60 + 1), (0, 10**400)):
+        with pytest.raises(ValueError, match="contrast must be two different, finite numbers"):
+            Channel(contrast=contrast)
 
 
 def described(path: Path, channels: Any) -> Path:
@@ -128,6 +137,12 @@ def test_what_ome_zarr_says(tmp_path: Path) -> None:
         [{}, {"label": 3, "color": "nice", "window": [1, 2], "active": None}],
         [{"color": 255, "window": {"start": "a", "end": 1}}, {"window": {"start": 1, "end": 1}}],
         [{"window": {"start": float("inf"), "end": 0}}, {"window": {}}],
+        [{"window": {"start": 10**400, "end": 0}}, {"window": {"start": 2**60, "end": 2**60 + 1}}],
+        [{"window": {"start": False, "end": True}}, {"color": "f00"}],
+        [{"color": "ff000080"}, {"color": "ff0000\n"}],
+        [{"color": "000000"}, {"color": "#"}],
+        [["red"], "GFP"],
+        {"label": "a mapping"},
         [{"label": "only one"}],
     ],
 )
@@ -137,6 +152,11 @@ def test_what_makes_no_sense_counts_for_nothing(tmp_path: Path, channels: Any) -
             Channel("", "#ff00ff"),
             Channel("", "#00ff00"),
         )
+
+
+def test_what_makes_no_sense_keeps_its_place(tmp_path: Path) -> None:
+    with ci.open_image(described(tmp_path / "a.ome.zarr", [None, {"label": "GFP"}])) as image:
+        assert image.channels == (Channel(), Channel("GFP"))
 
 
 LOOKS = [ci.Channel("DAPI", "blue", (5, 70)), ci.Channel("GFP", "#00ff7f", visible=False)]
@@ -152,10 +172,11 @@ def test_channels_are_written(tmp_path: Path, version: Any, dtype: str) -> None:
     source = stack(2, dtype=dtype)
     ci.write_ome_zarr(source, path, channels=looks, version=version, progress=False)
     yaozarrs.validate_zarr_store(str(path))
-    whole = {"u1": (0, 255), "i2": (-(2**15), 2**15 - 1), "f4": (0.5, -1)}[dtype]
+    # Of more than 8 bits the whole range is one that nobody has chosen.
+    contrast = {"u1": (0, 255), "i2": None, "f4": (0.5, -1)}[dtype]
     expected = (
         Channel("DAPI", "#0000ff", (5, 70)),
-        Channel("GFP", "#00ff7f", whole, visible=False),
+        Channel("GFP", "#00ff7f", contrast, visible=False),
     )
     with ci.open_image(path) as image:
         assert image.channels == expected
@@ -189,6 +210,19 @@ def test_channels_that_are_not_written(tmp_path: Path) -> None:
         )
 
 
+def test_labels_have_no_channels_of_a_file(tmp_path: Path) -> None:
+    import zarr
+
+    path, labels = tmp_path / "a.ome.zarr", tmp_path / "b.ome.zarr"
+    ci.write_ome_zarr(stack(2), path, channels=LOOKS, progress=False)
+    with ci.open_image(path) as image:
+        ci.write_ome_zarr(image, labels, labels={"x": image}, progress=False)
+    assert "omero" in zarr.open_group(labels).attrs["ome"]
+    assert "omero" not in zarr.open_group(labels / "labels/x").attrs["ome"]
+    with pytest.raises(ValueError, match="channels are of images, and img is labels"):
+        ci.write_ome_zarr(ci.label(stack(2)), labels, channels=LOOKS, progress=False)
+
+
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_channels_are_served(version: str) -> None:
     pytest.importorskip("uvicorn")
@@ -197,7 +231,7 @@ def test_channels_are_served(version: str) -> None:
         with ci.open_image(f"{server.url}/{front}cells") as image:
             assert image.channels == (
                 Channel("DAPI", "#0000ff", (5, 70)),
-                Channel("GFP", "#00ff7f", (0, 65535), visible=False),
+                Channel("GFP", "#00ff7f", None, visible=False),
             )
         with ci.open_image(f"{server.url}/{front}plain") as image:
             assert image.channels == ()
@@ -222,6 +256,44 @@ def test_what_tiff_says(tmp_path: Path) -> None:
         assert colors(Layer(image)) == ["#ff00ff", "#00ff00"]
 
 
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        (["0488", "405, 488"], [None, None], [None, None]),
+        (["1e3", "true"], ["true", "red"], [None, None]),
+        (["a/b\"<&'", "é😀"], [255, 0], [None, None]),
+        # White beside another colour was chosen.
+        (["GFP", "light"], [0x00FF00FF, -1], ["#00ff00", "#ffffff"]),
+        (["a", "b"], [2**70 + 0xFF0000FF, "1.5"], ["#ff0000", None]),
+    ],
+)
+def test_names_and_colours_in_ome_xml(
+    tmp_path: Path, names: list[str], given: list[Any], expected: list[Any]
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    said: dict[str, Any] = {"Name": names}
+    if given != [None, None]:
+        said["Color"] = given
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, np.zeros((2, 5, 6), "u2"), metadata={"axes": "CYX", "Channel": said})
+    with ci.open_image(path) as image:
+        assert [channel.label for channel in image.channels] == names
+        assert [channel.color for channel in image.channels] == expected
+
+
+def test_sizes_in_ome_xml_that_make_no_sense() -> None:
+    from cellimg_dask.io.tiff_said import ome_channels, ome_sizes
+
+    xml = """<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image>
+        <Pixels PhysicalSizeX="true" PhysicalSizeY="0,5" PhysicalSizeZ="2" TimeIncrement="inf"/>
+        </Image></OME>"""
+    assert ome_sizes(xml, 0) == {"z": (2.0, "µm")}
+    for other in ("", "<OME/>", "<OME", "<OME><Image/></OME>", xml[:-5]):
+        assert ome_sizes(other, 0) == {}
+        assert ome_channels(other, 0) == ()
+    assert ome_sizes(xml, 1) == {}
+
+
 def test_what_imagej_says(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
     data = np.zeros((3, 2, 5, 6), "u2")
@@ -239,6 +311,73 @@ def test_what_imagej_says(tmp_path: Path) -> None:
     )
     with ci.open_image(tmp_path / "b.tif") as image:
         assert image.channels == ()
+
+
+RAMP = np.arange(256, dtype="u1")
+RED, GREY = np.stack([RAMP, 0 * RAMP, 0 * RAMP]), np.stack([RAMP] * 3)
+INVERTED = GREY[:, ::-1]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        # Of a channel of one value ImageJ writes that twice.
+        (
+            {"LUTs": [RED, GREY], "Ranges": (5.0, 5.0, 0.0, 9.0)},
+            [("#ff0000", None), ("#ffffff", (0, 9))],
+        ),
+        (
+            {"LUTs": [RED, GREY], "Ranges": (float("nan"), 5.0, 0.0, 9.0)},
+            [("#ff0000", None), ("#ffffff", (0, 9))],
+        ),
+        ({"LUTs": [RED, GREY], "Ranges": (5.0, 9.0)}, [("#ff0000", None), ("#ffffff", None)]),
+        ({"LUTs": [RED], "Ranges": (0.0, 9.0, 1.0, 3.0)}, [(None, (0, 9)), (None, (1, 3))]),
+        (
+            {"LUTs": [INVERTED, RED], "Ranges": (0.0, 9.0, 1.0, 3.0)},
+            [("#ffffff", (9, 0)), ("#ff0000", (1, 3))],
+        ),
+    ],
+)
+def test_what_imagej_says_in_part(tmp_path: Path, said: Any, expected: Any) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    data = np.zeros((2, 5, 6), "u2")
+    tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "CYX", **said})
+    with ci.open_image(tmp_path / "a.tif") as image:
+        assert [(each.color, each.contrast) for each in image.channels] == expected
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_pictures_that_are_not_red_green_and_blue(tmp_path: Path, name: str) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    pytest.importorskip("imageio.v3")
+
+    def looks(mode: str) -> list[Any]:
+        pillow.new(mode, (6, 5)).save(tmp_path / name)
+        with ci.open_image(tmp_path / name) as image:
+            found = Layer(image).channels
+        return [(each.label, each.color, each.contrast, each.visible) for each in found]
+
+    if name != "a.jpg":
+        assert looks("LA") == [("grey", "white", None, True), ("alpha", "white", None, False)]
+    if name != "a.png":
+        assert looks("CMYK") == [
+            ("cyan", "#ff0000", (255, 0), True),
+            ("magenta", "#00ff00", (255, 0), True),
+            ("yellow", "#0000ff", (255, 0), True),
+            ("black", "white", (255, 0), False),
+        ]
+    assert [label for label, *_ in looks("RGB")] == ["red", "green", "blue"]
+    assert looks("L") == []
+
+
+def test_two_samples_of_tiff_that_are_no_picture(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    data = np.zeros((5, 6, 2), "u1")
+    options = {"photometric": "minisblack", "planarconfig": "contig"}
+    for kind, labels in (("unspecified", ["", ""]), ("assocalpha", ["grey", "alpha"])):
+        tifffile.imwrite(tmp_path / "a.tif", data, extrasamples=[kind], **options)
+        with ci.open_image(tmp_path / "a.tif") as image:
+            assert [channel.label for channel in Layer(image).channels] == labels
 
 
 @pytest.mark.parametrize(("axes", "shape"), [("yxs", (20, 30, 3)), ("tyxs", (2, 9, 8, 4))])
@@ -309,3 +448,9 @@ def test_samples_that_lie_first_are_named_only(tmp_path: Path) -> None:
         assert found.axes == ("c", "y", "x")
         assert found.channels == ()
         assert found.chunks == ((2,), (4, 4), (4, 4))
+
+
+def test_a_picture_of_16_bits_stays_as_it_is(tmp_path: Path) -> None:
+    ci.write_ome_zarr(stack(3, "yxs"), tmp_path / "a.ome.zarr", progress=False)
+    with ci.open_image(tmp_path / "a.ome.zarr") as found:
+        assert [channel.contrast for channel in found.channels] == [(0, 65535)] * 3

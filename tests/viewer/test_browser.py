@@ -346,6 +346,18 @@ def test_a_change_of_one_channel_is_seen_where_a_chunk_holds_all(show: Any) -> N
     assert after[middle].tolist() == [0, 255, 0]
 
 
+def test_the_page_keeps_all_layers_beside_one_another(show: Any) -> None:
+    stack = ci.Source(np.zeros((2, 64, 64), "u1"), space=ci.Space.of(3, "cyx"))
+    plain = np.zeros((64, 64), "u1")
+    shown = show({"fixed": plain, "moving": stack, "other": plain})
+    shown.landmarks("fixed", "moving", side_by_side=True)
+    shown.wait(TIMEOUT_S)
+    shown.add("late", stack)
+    shown.wait(TIMEOUT_S)
+    names = ["fixed", "moving 0", "moving 1", "other", "late 0", "late 1"]
+    assert {*names, "landmarks of fixed"} <= {each.name for each in shown.viewer.state.layers}
+
+
 # ------------------------------------------------------------------ labels, painting, landmarks
 
 

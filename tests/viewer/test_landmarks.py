@@ -185,6 +185,31 @@ def test_points_moved_and_deleted_in_the_viewer(two: View, caplog: Any) -> None:
     assert len(landmarks) == 0
 
 
+def test_all_layers_are_in_panels_beside_one_another() -> None:
+    # The page takes away layers that are in no panel.
+    stack = ci.Source(np.zeros((2, 8, 9), "u1"), space=ci.Space.of(3, "cyx"))
+    plain = np.zeros((8, 9), "u1")
+    with view({"fixed": plain, "moving": stack, "other": plain}, work=True) as v:
+        v.landmarks("fixed", "moving", side_by_side=True)
+        left, right = v.viewer.state.layout
+        assert list(right.layers) == [
+            "moving 0", "moving 1", "work on moving", "landmarks of moving",
+        ]  # fmt: skip
+        v.add("late", stack)
+        v.landmarks("fixed", "other")
+        left, right = v.viewer.state.layout
+        shown = [each.name for each in v.viewer.state.layers]
+        assert sorted([*left.layers, *right.layers]) == sorted(shown)
+        assert {"late 0", "late 1", "work on late", "landmarks of other"} <= set(left.layers)
+
+
+def test_a_channel_called_as_the_landmarks_are(two: View) -> None:
+    stack = ci.Source(np.zeros((2, 4, 30, 40), "u1"), space=ci.Space.of(4, "czyx", "um"))
+    two.add("landmarks", ci.Layer(stack, channels=["a", "of fixed"]))
+    with pytest.raises(ValueError, match="'landmarks of fixed' is called as that of the landmarks"):
+        two.landmarks("fixed", "moving")
+
+
 def test_a_warp_by_landmarks_fits_them() -> None:
     fixed = np.zeros((24, 24), "f4")
     moving = np.zeros((24, 24), "f4")

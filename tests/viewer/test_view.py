@@ -126,6 +126,15 @@ def test_dtypes_that_the_viewer_does_not_know(dtype: str, kind: Any, expected: s
     np.testing.assert_array_equal(np.asarray(converted), values.astype(expected))
 
 
+def test_the_fill_value_of_complex_numbers_is_their_magnitude() -> None:
+    layer = Layer(np.zeros((4, 6), "c8"), fill_value=3 + 4j)
+    assert as_shown(layer).fill_value == 5
+    assert layer.fill_value == 3 + 4j
+    # Without a warning that something is left out.
+    with view({"waves": layer}) as v:
+        assert v.server.layers["waves"].dtype == "f4"
+
+
 def test_images_of_other_axes_are_laid_upon_the_first() -> None:
     raw = lazy((2, 8, 20, 30), axes="czyx", units="um", scale=(1, 2, 0.5, 0.5))
     stack, plane = (
@@ -268,8 +277,9 @@ def test_one_channel_at_a_time() -> None:
     with view({"cells": cells(channels=())}) as v:
         assert v.names_in_viewer("cells") == ["cells"]
         assert v.viewer.state.layers["cells"].layer.local_position is None
-        with pytest.raises(KeyError, match="one channel at a time"):
-            v.show("cells", channel=1, visible=True)
+        for number in (0, 1):
+            with pytest.raises(KeyError, match="one channel at a time"):
+                v.show("cells", channel=number, visible=True)
 
 
 def test_planes_are_shown_in_one_panel() -> None:
@@ -295,6 +305,92 @@ def test_names_of_channels_are_told_apart() -> None:
             v.add("cells b", lazy())
         v.add("other", lazy())
         assert v.names_in_viewer("other") == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["", "0", "b"], ["0 0", "0 1", "b"]),
+        (["a", "a", "a 0"], ["a 0 0", "a 1", "a 0 2"]),
+        (["a 1", "a", "a"], ["a 1 0", "a 1 1", "a 2"]),
+        ([" ", "a ", "a"], ["0", "a 1", "a 2"]),
+    ],
+)
+def test_names_with_numbers_are_told_apart(labels: list[str], names: list[str]) -> None:
+    with view({"cells": cells(channels=labels)}) as v:
+        assert [each.name for each in v.viewer.state.layers] == [f"cells {each}" for each in names]
+
+
+def test_channels_by_number_and_by_label() -> None:
+    with view({"cells": cells(channels=["a", "a", "b"])}) as v:
+        assert v.names_in_viewer("cells", np.uint8(2)) == v.names_in_viewer("cells", "b")
+        for wrong in (True, 1.0, [1]):
+            with pytest.raises(TypeError, match="channel must be an integer"):
+                v.show("cells", channel=wrong, visible=True)  # type: ignore[arg-type]
+        with pytest.raises(KeyError, match="no channel -1: it has 3, called a, a, b"):
+            v.show("cells", channel=-1, visible=True)
+        for ask in (v.paint, v.names_in_viewer):
+            with pytest.raises(KeyError, match="2 channels called 'a'; give the number"):
+                ask("cells", channel="a")
+
+
+def test_channels_may_be_measured_in_different_units() -> None:
+    def stack(unit: str | None) -> ci.Source:
+        space = ci.Space.of(3, "cyx", units={"c": unit})
+        return ci.Source(np.zeros((2, 8, 9), "u1"), space=space)
+
+    with view({"spectra": stack("nm"), "stains": stack(None)}) as v:
+        assert v.viewer.state.dimensions.names == ("x", "y")
+
+
+def test_contrast_of_levels_that_put_channels_together() -> None:
+    image = cells().image
+    with view({"cells": Layer(ci.pyramid(image, 3, factors=(2, 1, 1, 1)))}) as v:
+        assert v.server.layers["cells"].images[-1].shape[0] == 1
+
+        def is_found(name: str) -> bool:
+            return "normalized" in v.viewer.state.layers[name].layer.shader_controls.to_json()
+
+        until(lambda: all(map(is_found, v.names_in_viewer("cells"))))
+
+
+def test_a_contrast_that_is_found_late_is_not_that_of_the_next_layer() -> None:
+    begin = threading.Event()
+
+    def slow(block: Any) -> Any:
+        assert begin.wait(30)
+        return block
+
+    first, second = cells().image, cells(visible=False)
+    late = ci.map_cells(slow, first, dtype="u2")
+    with view({"cells": late}) as v:
+        v.remove("cells")
+        v.add("cells", second)
+        begin.set()
+        late[...]
+        for each in v.names_in_viewer("cells"):
+            assert v.viewer.state.layers[each].layer.shader_controls.to_json() == {}
+
+
+def test_layers_that_were_closed_in_the_page() -> None:
+    labels = Layer(np.zeros((4, 20, 30), "u1"), kind="labels")
+    with view({"cells": cells(channels=["a", "b", "c"]), "labels": labels, "last": lazy()}) as v:
+        with v.viewer.txn() as state:
+            del state.layers["cells b"], state.layers["labels"]
+        v.show("cells", color="red")
+        layers = v.viewer.state.layers
+        assert layers["cells c"].layer.shader_controls.to_json()["color"] == "red"
+        assert "color" not in layers["last"].layer.shader_controls.to_json()
+        closed = "was closed in the viewer's page; remove the layer and add it again"
+        with pytest.raises(KeyError, match=f"'cells b' {closed}"):
+            v.show("cells", channel="b", visible=True)
+        for ask in (v.show, v.selected, v.meshes, lambda name: v.select(name, [1])):
+            with pytest.raises(KeyError, match=closed):
+                ask("labels")
+        v.remove("labels")
+        v.add("labels", labels)
+        v.select("labels", [1])
+        assert v.selected("labels") == [1]
 
 
 def test_a_picture_of_colours_is_shown_as_channels() -> None:
