@@ -18,7 +18,7 @@ from cellimg_dask.geometry import Space, as_int
 from cellimg_dask.server.layers import Layer, as_layers
 from cellimg_dask.server.serving import Server, serve
 from cellimg_dask.viewer.browser import Browser
-from cellimg_dask.viewer.contrast import find_contrast
+from cellimg_dask.viewer.contrast import Contrasts
 from cellimg_dask.viewer.editions import Editions
 from cellimg_dask.viewer.looking import Looking, checked_layout
 from cellimg_dask.viewer.surfaces import Surfaces
@@ -71,7 +71,6 @@ class View(Looking):
         self._brush: Brush | None = None
         self._landmarks: list[Landmarks] = []
         self._surfaces: dict[str, Surfaces] = {}
-        self._unseen: dict[str, tuple[str, int]] = {}
         self._closed = False
         given = as_layers(layers)
         # The page is of another origin.
@@ -90,7 +89,7 @@ class View(Looking):
             raise
         self._frame.find_mesh = self._find_mesh
         self.viewer: Any = FrameViewer(self._frame)
-        self.viewer.shared_state.add_changed_callback(self._look_later)
+        self._contrasts = Contrasts(self.viewer, self.server.layers, scene)
         try:
             placed = [layer.space for layer in given.values()]
             for name, layer in given.items():
@@ -144,7 +143,7 @@ class View(Looking):
             if len(self._given) == 1:
                 self._scene.look_at_center(state, list(self.server.layers.values()))
             self._append(state, name)
-        self._find_contrast(name)
+        self._contrasts.find(name)
 
     def remove(self, name: str) -> None:
         """Show a layer no more."""
@@ -156,8 +155,7 @@ class View(Looking):
             self._editions.forget(name)
             self._editions.forget(self._scene.work_name(name))
             self._surfaces.pop(name, None)
-            for each in shown:
-                self._unseen.pop(each, None)
+            self._contrasts.forget(shown)
         with self.viewer.txn() as state:
             for each in shown:
                 if each in state.layers:
@@ -505,51 +503,7 @@ class View(Looking):
             state.show_slices = True
             state.title = ", ".join(self._given)
         for name in self._given:
-            self._find_contrast(name)
-
-    def _find_contrast(self, name: str) -> None:
-        """Have ranges of values found; of what is hidden once it is shown."""
-        layer = self._shown_layer(name)
-        if layer.kind != "image":
-            return
-        looks = layer.channels or (layer,)
-        with self._lock:
-            for number, shown in enumerate(self._scene.names_of(name, layer)):
-                if looks[number].contrast is None:
-                    self._unseen[shown] = (name, number)
-        self._look()
-
-    def _look_later(self) -> None:
-        # The state is locked while it says that it has changed.
-        if self._unseen:
-            self.viewer.defer_callback(self._look)
-
-    def _look(self) -> None:
-        layers = self.viewer.state.layers
-        with self._lock:
-            if self._closed:
-                return
-            seen = [name for name in self._unseen if name in layers and layers[name].visible]
-            wanted = {shown: self._unseen.pop(shown) for shown in seen}
-        for shown, (name, number) in wanted.items():
-            layer = self.server.layers.get(name)
-            # Unless it was removed meanwhile.
-            if layer is not None:
-                axis, image = layer.channel_axis, layer.images[-1]
-                at = {}
-                if axis is not None and layer.channels:
-                    # A level may have put channels together.
-                    at[axis] = number * image.shape[axis] // layer.shape[axis]
-                find_contrast(image, partial(self._set_contrast, name, layer, shown), at)
-
-    def _set_contrast(
-        self, name: str, layer: Layer, shown: str, contrast: tuple[float, float]
-    ) -> None:
-        # Another may be called so meanwhile.
-        if not self._closed and self.server.layers.get(name) is layer:
-            self.viewer.retry_txn(
-                lambda state: self._scene.set_contrast(state, shown, contrast), lock=True
-            )
+            self._contrasts.find(name)
 
     def _append(self, state: Any, name: str) -> None:
         base = self.server.url
@@ -561,7 +515,7 @@ class View(Looking):
             if self._closed:
                 return
             self._closed = True
-        self.viewer.shared_state.remove_changed_callback(self._look_later)
+        self._contrasts.close()
         self._editions.close()
         if self._brush is not None:
             self._brush.close()

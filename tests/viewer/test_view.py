@@ -868,14 +868,14 @@ def test_of_a_hidden_layer_nothing_is_computed_until_it_is_shown() -> None:
     with view({"below": lazy(), "hidden": Layer(image, visible=False)}) as shown:
         shown.show("hidden", opacity=0.5)
         assert image.stats().loads == 0
-        assert list(shown._unseen) == ["hidden"]
+        assert list(shown._contrasts.unseen) == ["hidden"]
         shown.show("hidden", visible=True)
         until(lambda: shown.viewer.state.layers["hidden"].shader_controls.to_json() != {})
         assert image.stats().loads == 1
-        assert not shown._unseen
+        assert not shown._contrasts.unseen
         shown.add("other", Layer(image, visible=False))
         shown.remove("other")
-        assert not shown._unseen
+        assert not shown._contrasts.unseen
 
 
 def test_a_view_without_layers_says_so() -> None:
