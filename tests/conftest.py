@@ -48,6 +48,21 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that wait, for browsers and installers, between those that compute.
+
+    Together they would leave the cores idle, and last they would be waited for.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    waiting = [path for path in files if path.suffix == ".ipynb" or path.stem == "test_browser"]
+    order = [path for path in files if path not in waiting]
+    for number, path in enumerate(waiting):
+        order.insert(4 * number, path)
+    items[:] = [item for path in order for item in files[path]]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _forked_workers() -> Iterator[None]:
     """Have workers of clusters forked from a process that has imported distributed.
