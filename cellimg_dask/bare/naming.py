@@ -163,18 +163,32 @@ def file_state(path: str) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
+class _Compiler(SourceFileLoader):
+    """Reads the text of a file whenever it runs.
+
+    Python takes compiled code for that of a file by its size and the second of its change, and so
+    might run what was there before an edit.
+    """
+
+    def path_stats(self, path: str) -> Any:
+        """Refuse, so that compiled code is neither looked for nor kept."""
+        raise OSError(f"{path} is compiled each time")
+
+
 def _run_file(path: str) -> ModuleType:
     # A name of its own: the file may be called as a module of Python's, signal.py for instance. Of
     # a package that is nowhere, so that nobody pickles its functions as something to import.
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     name = f"cellimg_file.{Path(path).stem}_{mark}"
-    spec = spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
+    spec = spec_from_file_location(name, path, loader=_Compiler(name, path))
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     search_in([str(Path(path).parent)])
     # Before it runs: dataclasses look their module up.
     sys.modules[name] = module
+    # The same for files beside it.
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
@@ -192,6 +206,8 @@ def _run_file(path: str) -> ModuleType:
             else ""
         )
         raise ImportError(f"running {path} failed with {_told(error)}{hint}") from error
+    finally:
+        sys.dont_write_bytecode = before
     return module
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from cellimg_dask.bare.functions import Functions, InitError, bind, wants_task
-from cellimg_dask.bare.naming import split_name
+from cellimg_dask.bare.naming import import_file, split_name
 
 
 class Block:
@@ -432,3 +432,20 @@ def test_in_a_python_without_the_library(python: str, module: Any) -> None:
     assert [name for name, _ in found[5:]] == ["AttributeError", "ModuleNotFoundError", "InitError"]
     assert "did you mean 'f' or 'g'" in found[5][1] or "bare_env.py" in found[5][1]
     assert f"at {python}" in found[6][1]
+
+
+def test_an_edit_of_the_same_size_in_the_same_second_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path, beside = tmp_path / "edited.py", tmp_path / "beside_edited.py"
+    for number in (1, 2):
+        path.write_text(f"import beside_edited\n\n\ndef f():\n    return {number}\n")
+        beside.write_text(f"value = {number}\n")
+        for each in (path, beside):
+            os.utime(each, ns=(0, 10**18 + number))
+        sys.modules.pop("beside_edited", None)
+        module = import_file(str(path))
+        assert (module.f(), module.beside_edited.value) == (number, number)
+    assert sys.dont_write_bytecode is False
+    sys.modules.pop("beside_edited")
