@@ -125,6 +125,7 @@ def test_nothing_cancels() -> None:
     density=st.booleans(),
 )
 @example(case=(np.zeros((0, 3)), (1, 1)), bins=3, ends=None, density=False)
+@example(case=(np.full((1,), 4503599627370498, "u8"), (1,)), bins=1, ends=None, density=False)
 @example(case=(np.full((3, 3), 7, "i2"), (2, 2)), bins=3, ends=None, density=True)
 @example(case=(np.full((3, 3), 7.0), (2, 2)), bins=3, ends=None, density=True)
 def test_counts_and_edges_are_numpys(
@@ -133,8 +134,14 @@ def test_counts_and_edges_are_numpys(
     image, cells = case
     native = image.astype(image.dtype.newbyteorder("="))
     native = native.view("u1") if native.dtype == bool else native
-    counts, edges = quiet(np.histogram, native, bins, ends, density=density)
     found = histogram(image, bins, ends, density=density, cell_shape=cells)
+    try:
+        counts, edges = quiet(np.histogram, native, bins, ends, density=density)
+    except ValueError as error:
+        # Where numbers are too large to tell the ends of a bin apart.
+        with pytest.raises(ci.BlockError, match=str(error)):
+            quiet(found.result)
+        return
     got_counts, got_edges = quiet(found.result)
     np.testing.assert_array_equal(got_counts, counts)
     np.testing.assert_array_equal(got_edges, edges)

@@ -633,11 +633,15 @@ def test_nothing_is_left(footprint: Any) -> None:
 def test_a_port_that_is_taken(footprint: Any) -> None:
     with view({"image": lazy()}) as v:
         taken = urlsplit(v.url).port
+        gc.collect()
         before = footprint()
         with pytest.raises(OSError, match="in use"):
             view({"image": lazy()}, port=taken)
         gc.collect()
-        assert footprint() == before
+        after = footprint()
+        # Others may have had some.
+        assert after.pop("descriptors") <= before.pop("descriptors")
+        assert after == before
 
 
 def test_wrong_arguments_leave_nothing_behind(footprint: Any) -> None:
