@@ -283,17 +283,9 @@ class _Image:
             Layout.of(image.grid, image.dtype, axes=spaces[0].axes, **storing) for image in images
         )
         is_labels = kind == "labels" or isinstance(_finest(value), LabelImg)
-        first, said = images[0], _said(value)
         if is_labels and channels:
             raise ValueError("channels are of images, and img is labels of objects; leave them out")
-        if is_labels:
-            channels = ()
-        elif channels is None:
-            axis = first.space.channel_axis
-            is_said = axis is not None and len(said) == first.shape[axis]
-            channels = said if is_said else ()
-        looks = channels_of(spaces[0], first.shape, first.dtype, given=channels, said=said)
-        omero = omero_of(looks, first.dtype)
+        omero = None if is_labels else _omero(images[0], _said(value), channels)
         return cls(path, name, is_labels, loaders, spaces, layouts, omero)
 
     @property
@@ -365,6 +357,18 @@ def _in_order(image: CellImg) -> CellImg:
 
 def _finest(value: Any) -> Any:
     return value[0] if isinstance(value, (Pyramid, list, tuple)) else value
+
+
+def _omero(
+    image: CellImg, said: tuple[Channel, ...], given: Sequence[Channel | str] | None
+) -> Mapping[str, Any] | None:
+    """Return what is noted of the channels of an image: nothing where nobody has said anything."""
+    space = image.space.named
+    if given is None:
+        axis = space.channel_axis
+        given = said if axis is not None and len(said) == image.shape[axis] else ()
+    looks = channels_of(space, image.shape, image.dtype, given=given, said=said)
+    return omero_of(looks, image.dtype)
 
 
 def _said(value: Any) -> tuple[Channel, ...]:
