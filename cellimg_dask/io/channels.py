@@ -158,7 +158,7 @@ def _check(given: Any, space: Space, number: int) -> None:
         own = "no names of axes" if space.axes is None else f"the axes {space.axes}"
         raise ValueError(
             f'channels lie along an axis "c", and this image has {own}; say which one it is, for '
-            f'instance image.with_space(axes="czyx")'
+            f'instance image.with_space(axes="czyx"), or Input(array, space=…) of an array'
         )
     if given and len(given) != number:
         raise ValueError(
