@@ -90,7 +90,8 @@ def _order(axes: Any, image: CellImg) -> tuple[int, ...]:
         if names is None:
             raise ValueError(
                 f"axes are called {given!r}, and those of this image have no names; give numbers, "
-                f"or name them first: image.with_space(axes=…), or Input(array, space=…) of an array"
+                f"or name them first: image.with_space(axes=…), or of an array Input(array, "
+                f"space=…)"
             )
         if sorted(map(str, given)) != sorted(names):
             raise ValueError(f"axes must be those of the image, {', '.join(names)}, got {given!r}")
